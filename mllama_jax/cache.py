@@ -1,0 +1,110 @@
+"""Keys and values of past tokens and of images, as an explicit pytree that goes in and comes out."""
+
+from typing import Self
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from mllama_jax.configs import MllamaTextConfig
+from mllama_jax.shapes import Array, Float, Int
+
+
+@flax.struct.dataclass
+class MllamaCache:
+    """The decoder's cache; its sizes are fixed when it is made (`create`).
+
+    Layers of one kind are stacked on the first axis, in decoder order; only the key/value heads
+    are stored. Image keys and values are written once, when the images are given, and have a
+    length of their own.
+
+    Attributes:
+      keys, values: of the self-attention layers, (self layers, B, S, K, H), rotated already.
+      cross_keys, cross_values: of the cross-attention layers, (cross layers, B, V, K, H);
+        None while no image has been seen.
+      length: how many slots are written, int32 scalar.
+    """
+
+    keys: Float[Array, "layers B S K H"]
+    values: Float[Array, "layers B S K H"]
+    cross_keys: Float[Array, "cross_layers B V K H"] | None
+    cross_values: Float[Array, "cross_layers B V K H"] | None
+    length: Int[Array, ""]
+
+    @classmethod
+    def create(
+        cls,
+        config: MllamaTextConfig,
+        batch_size: int,
+        max_length: int,
+        num_image_tokens: int = 0,
+        dtype: jnp.dtype = jnp.float32,
+    ) -> Self:
+        """An empty cache of ``max_length`` slots and room for ``num_image_tokens`` a sample."""
+        num_cross = len(config.cross_attention_layers)
+        num_self = config.num_hidden_layers - num_cross
+        heads = (config.num_key_value_heads, config.head_dim)
+        text = (num_self, batch_size, max_length, *heads)
+        image = (num_cross, batch_size, num_image_tokens, *heads)
+        return cls(
+            keys=jnp.zeros(text, dtype),
+            values=jnp.zeros(text, dtype),
+            cross_keys=jnp.zeros(image, dtype) if num_image_tokens else None,
+            cross_values=jnp.zeros(image, dtype) if num_image_tokens else None,
+            length=jnp.zeros((), jnp.int32),
+        )
+
+    @property
+    def max_length(self) -> int:
+        """Slots for text tokens."""
+        return self.keys.shape[2]
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Image tokens a sample, 0 while no image has been seen."""
+        return 0 if self.cross_keys is None else self.cross_keys.shape[2]
+
+    def append(
+        self,
+        layer: Int[Array, ""],
+        start: Int[Array, ""],
+        keys_BTKH: Float[Array, "B T K H"],
+        values_BTKH: Float[Array, "B T K H"],
+    ) -> Self:
+        """Writes a self-attention layer's new keys and values to the slots from ``start`` on."""
+        zero = jnp.zeros((), jnp.int32)
+        place = (layer, zero, start, zero, zero)
+        return self.replace(  # type: ignore[attr-defined]
+            keys=_write(self.keys, keys_BTKH, place),
+            values=_write(self.values, values_BTKH, place),
+        )
+
+    def read(self, layer: Int[Array, ""]) -> tuple[Array, Array]:
+        """A self-attention layer's keys and values, (B, S, K, H) each."""
+        return _layer(self.keys, layer), _layer(self.values, layer)
+
+    def write_images(
+        self,
+        layer: Int[Array, ""],
+        keys_BVKH: Float[Array, "B V K H"],
+        values_BVKH: Float[Array, "B V K H"],
+    ) -> Self:
+        """Sets a cross-attention layer's keys and values."""
+        zero = jnp.zeros((), jnp.int32)
+        place = (layer, zero, zero, zero, zero)
+        return self.replace(  # type: ignore[attr-defined]
+            cross_keys=_write(self.cross_keys, keys_BVKH, place),
+            cross_values=_write(self.cross_values, values_BVKH, place),
+        )
+
+    def read_images(self, layer: Int[Array, ""]) -> tuple[Array, Array]:
+        """A cross-attention layer's keys and values, (B, V, K, H) each."""
+        return _layer(self.cross_keys, layer), _layer(self.cross_values, layer)
+
+
+def _write(stack: Array, update: Array, place: tuple[Array, ...]) -> Array:
+    return jax.lax.dynamic_update_slice(stack, update[None].astype(stack.dtype), place)
+
+
+def _layer(stack: Array, layer: Array) -> Array:
+    return jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)

@@ -1,0 +1,161 @@
+"""The whole model: vision encoder, projector and language model."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from einops import rearrange
+
+from mllama_jax.cache import MllamaCache
+from mllama_jax.configs import MllamaConfig
+from mllama_jax.layers import projection
+from mllama_jax.outputs import CausalLMOutputWithPast
+from mllama_jax.pretrained import Params
+from mllama_jax.shapes import Array, Float, Int
+from mllama_jax.text import DecoderModule, MllamaForCausalLM
+from mllama_jax.vision import MllamaVisionModel, dummy_images
+
+
+class MllamaForConditionalGeneration(DecoderModule):
+    """Llama 3.2 Vision; see `__call__` and `PretrainedModule`.
+
+    ::
+
+        model, params = MllamaForConditionalGeneration.from_pretrained(folder)
+        output = model.apply({"params": params}, **inputs)
+    """
+
+    component = "model"
+
+    @property
+    def full_config(self) -> MllamaConfig:
+        if not isinstance(self.config, MllamaConfig):
+            raise TypeError(f"config is {type(self.config).__name__}, expected MllamaConfig")
+        return self.config
+
+    def setup(self) -> None:
+        config = self.full_config
+        settings = (
+            self.dtype,
+            self.param_dtype,
+            self.hf_masked_rows,
+            self.attention,
+            self.remat,
+        )
+        self.vision_model = MllamaVisionModel(config.vision_config, *settings)
+        self.language_model = MllamaForCausalLM(config.text_config, *settings)
+        self.multi_modal_projector = projection(
+            config.text_config.hidden_size,
+            ("vision_output", "embed"),
+            name=None,
+            use_bias=True,
+            std=config.text_config.initializer_range,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+        )
+
+    def encode_images(
+        self,
+        pixel_values: Float[Array, "B M L C height width"],
+        aspect_ratio_ids: Int[Array, "B M"],
+        aspect_ratio_mask: Int[Array, "B M L"] | None = None,
+    ) -> Float[Array, "B V D"]:
+        """Image features as the decoder attends to them, (B, M*L*P, D): ``cross_attention_states``.
+
+        The arguments are `MllamaVisionModel.__call__`'s.
+        """
+        features = self.vision_model(pixel_values, aspect_ratio_ids, aspect_ratio_mask)
+        return self._project(features.last_hidden_state)
+
+    def _project(self, features_BMLPO: Array) -> Array:
+        return rearrange(self.multi_modal_projector(features_BMLPO), "B M L P D -> B (M L P) D")
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "B T"] | None = None,
+        pixel_values: Float[Array, "B M L C height width"] | None = None,
+        aspect_ratio_mask: Int[Array, "B M L"] | None = None,
+        aspect_ratio_ids: Int[Array, "B M"] | None = None,
+        attention_mask: Int[Array, "B S"] | None = None,
+        cross_attention_mask: Int[Array, "B T M L"] | None = None,
+        cross_attention_states: Float[Array, "B V D"] | None = None,
+        position_ids: Int[Array, "B T"] | None = None,
+        past_key_values: MllamaCache | None = None,
+        inputs_embeds: Float[Array, "B T D"] | None = None,
+        labels: Int[Array, "B T"] | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: Int[Array, "T"] | None = None,
+        num_logits_to_keep: int = 0,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Reads pictures and text, predicts the next token of each text token.
+
+        Pictures are given as ``pixel_values`` with ``aspect_ratio_ids``, or as features
+        (``cross_attention_states``, from `encode_images`), or through a cache that holds them.
+
+        Args:
+          input_ids, attention_mask, cross_attention_mask, cross_attention_states, position_ids,
+            past_key_values, inputs_embeds, labels, use_cache, output_attentions,
+            output_hidden_states, return_dict, cache_position, num_logits_to_keep: see
+            `MllamaForCausalLM.__call__` and `MllamaTextModel.__call__`.
+          pixel_values, aspect_ratio_ids, aspect_ratio_mask: see `MllamaVisionModel.__call__`.
+
+        Returns:
+          `CausalLMOutputWithPast`, or with ``return_dict=False`` its fields that are not None.
+
+        Raises:
+          ValueError: arguments exclude each other, one is missing, or shapes disagree.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        if pixel_values is not None:
+            if cross_attention_states is not None:
+                raise ValueError("pixel_values and cross_attention_states exclude each other")
+            if aspect_ratio_ids is None:
+                raise ValueError("pixel_values needs aspect_ratio_ids")
+            text = input_ids if input_ids is not None else inputs_embeds
+            if pixel_values.shape[0] != text.shape[0]:
+                raise ValueError(
+                    f"pixel_values has {pixel_values.shape[0]} samples, the text {text.shape[0]}"
+                )
+            cross_attention_states = self.encode_images(
+                pixel_values, aspect_ratio_ids, aspect_ratio_mask
+            )
+            if cross_attention_mask is not None:
+                images = pixel_values.shape[1:3]
+                if cross_attention_mask.ndim != 4 or cross_attention_mask.shape[2:] != images:
+                    raise ValueError(
+                        f"cross_attention_mask has shape {cross_attention_mask.shape}, expected "
+                        f"(batch, tokens, {images[0]}, {images[1]}) to match pixel_values "
+                        f"{pixel_values.shape}"
+                    )
+        return self.language_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cross_attention_states=cross_attention_states,
+            cross_attention_mask=cross_attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=return_dict,
+            cache_position=cache_position,
+            num_logits_to_keep=num_logits_to_keep,
+        )
+
+    @nn.nowrap
+    def dummy_inputs(self) -> dict[str, Array]:
+        images = dummy_images(self.full_config.vision_config, self.dtype)
+        return {"input_ids": jnp.zeros((1, 1), jnp.int32), **images}
+
+    @nn.nowrap
+    def generate(self, params: Params, **inputs: Any) -> Any:
+        """Answers prompts with pictures; see `mllama_jax.generation.generate`."""
+        from mllama_jax.generation import generate
+
+        return generate(self, params, **inputs)

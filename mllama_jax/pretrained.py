@@ -1,0 +1,124 @@
+"""What every model class offers: parameters from scratch, from a checkpoint, and to a checkpoint."""
+
+from typing import Any, ClassVar, Self
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.typing import DTypeLike
+
+from mllama_jax.attention import AttentionKind, check_attention_kind
+from mllama_jax.configs import MllamaConfig, MllamaTextConfig, MllamaVisionConfig
+from mllama_jax.shapes import Array
+
+Params = dict[str, Any]
+"""Nested dictionaries of arrays."""
+
+
+class PretrainedModule(nn.Module):
+    """Base of the public models. Modules hold no parameters: these go in with every call.
+
+    Attributes:
+      config: the model's configuration.
+      dtype: of the computation.
+      param_dtype: of parameters that `init_params` makes.
+      hf_masked_rows: how a token is treated that may attend to no image tile. False (what the
+        weights were trained with): cross-attention layers leave it unchanged. True (what
+        transformers computes): it attends to all image tokens, and only the MLP is skipped.
+      attention: a kind of `mllama_jax.attention`.
+      remat: recompute activations in the backward pass instead of keeping them.
+    """
+
+    config: MllamaConfig | MllamaTextConfig | MllamaVisionConfig
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+    hf_masked_rows: bool = False
+    attention: AttentionKind = "xla"
+    remat: bool = False
+
+    component: ClassVar[str]
+    """The part of a full checkpoint that this class holds."""
+
+    def __post_init__(self) -> None:
+        check_attention_kind(self.attention)
+        super().__post_init__()
+
+    @nn.nowrap
+    def dummy_inputs(self) -> dict[str, Array]:
+        """The smallest inputs that touch every parameter."""
+        raise NotImplementedError
+
+    @nn.nowrap
+    def init_params(self, key: jax.Array) -> Params:
+        """Randomly initialised parameters, in ``param_dtype``."""
+        return nn.unbox(self.init(key, **self.dummy_inputs())["params"])
+
+    @nn.nowrap
+    def param_shapes(self) -> Params:
+        """Shapes and dtypes of the parameters (`jax.ShapeDtypeStruct`), without making any."""
+        return jax.eval_shape(self.init_params, jax.random.key(0))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: epath.PathLike,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+        hf_masked_rows: bool = False,
+        attention: AttentionKind = "xla",
+        revision: str | None = None,
+    ) -> tuple[Self, Params]:
+        """Loads a Hugging Face checkpoint; a part's class takes its own part out of a full one.
+
+        Args:
+          path: a folder with ``config.json`` and safetensors files, or a hub id.
+          dtype: of the computation, an array dtype or its name.
+          param_dtype: of the loaded parameters; ``dtype`` if None.
+          mesh: devices to place the parameters on; a single device if None.
+          hf_masked_rows, attention: see the class.
+          revision: of a hub id.
+
+        Returns:
+          The module and its parameters, nested dictionaries of arrays.
+
+        Raises:
+          FileNotFoundError: the folder or a file of it does not exist.
+          ValueError: the configuration is unusable, or tensors are missing, unexpected or
+            misshaped (all of them are named).
+        """
+        from mllama_jax.convert.load import load_pretrained
+
+        return load_pretrained(
+            cls,
+            path,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            mesh=mesh,
+            hf_masked_rows=hf_masked_rows,
+            attention=attention,
+            revision=revision,
+        )
+
+    @nn.nowrap
+    def save_pretrained(
+        self, params: Params, folder: epath.PathLike, *, max_shard_size: str = "5GB"
+    ) -> None:
+        """Writes ``params`` as a Hugging Face folder (Hub key layout) that transformers loads.
+
+        Args:
+          params: this model's parameters.
+          folder: made if absent.
+          max_shard_size: tensors are split into files of at most this size.
+        """
+        from mllama_jax.convert.save import save_params
+
+        save_params(
+            params,
+            self.config,
+            folder,
+            component=self.component,
+            max_shard_size=max_shard_size,
+        )

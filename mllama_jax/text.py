@@ -1,0 +1,378 @@
+"""The language model: the decoder with its embedding, and with the head on top."""
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mllama_jax.cache import MllamaCache
+from mllama_jax.configs import MllamaConfig, MllamaTextConfig
+from mllama_jax.decoder import DecoderInputs, DecoderUnit, unstack_layers
+from mllama_jax.layers import RMSNorm, logical, projection
+from mllama_jax.loss import cross_entropy, shift_labels
+from mllama_jax.masks import CausalMask, TileMask
+from mllama_jax.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from mllama_jax.pretrained import Params, PretrainedModule
+from mllama_jax.rope import inverse_frequencies, rotary_table
+from mllama_jax.shapes import Array, Float, Int
+
+
+class DecoderModule(PretrainedModule):
+    """What the models that hold a decoder share."""
+
+    @property
+    def text_config(self) -> MllamaTextConfig:
+        config = self.config
+        return config.text_config if isinstance(config, MllamaConfig) else config
+
+    @nn.nowrap
+    def init_cache(
+        self, batch_size: int, max_length: int, num_image_tokens: int = 0
+    ) -> MllamaCache:
+        """An empty cache in the computation's dtype, to be given as ``past_key_values``.
+
+        Args:
+          batch_size: samples.
+          max_length: slots for prompt and new tokens together.
+          num_image_tokens: image tokens a sample (images × tiles × patches), 0 for text only.
+        """
+        return MllamaCache.create(
+            self.text_config, batch_size, max_length, num_image_tokens, jnp.dtype(self.dtype)
+        )
+
+    @nn.nowrap
+    def dummy_inputs(self) -> dict[str, Array]:
+        return {
+            "input_ids": jnp.zeros((1, 1), jnp.int32),
+            "cross_attention_states": jnp.zeros((1, 1, self.text_config.hidden_size), self.dtype),
+        }
+
+
+class MllamaTextModel(DecoderModule):
+    """The decoder without its head; see `__call__` and `PretrainedModule`."""
+
+    component = "text_model"
+
+    def setup(self) -> None:
+        config = self.text_config
+        self.embed_tokens = nn.Embed(
+            config.num_embeddings,
+            config.hidden_size,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            embedding_init=logical(
+                jax.nn.initializers.normal(config.initializer_range), "vocab", "embed"
+            ),
+        )
+        self.norm = RMSNorm(config.rms_norm_eps, self.dtype, self.param_dtype)
+
+    @nn.compact
+    def _layers(
+        self, x_BTD: Array, cache: MllamaCache | None, inputs: DecoderInputs, **flags: bool
+    ) -> Any:
+        config = self.text_config
+        unit = nn.remat(DecoderUnit, prevent_cse=False) if self.remat else DecoderUnit
+        scanned = nn.scan(
+            unit,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=config.num_units,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return scanned(
+            config,
+            self.dtype,
+            self.param_dtype,
+            self.attention,
+            self.hf_masked_rows,
+            name="layers",
+            **flags,
+        )((x_BTD, cache), jnp.arange(config.num_units), inputs)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "B T"] | None = None,
+        attention_mask: Int[Array, "B S"] | None = None,
+        position_ids: Int[Array, "B T"] | None = None,
+        cross_attention_states: Float[Array, "B V D"] | None = None,
+        cross_attention_mask: Int[Array, "B T M L"] | None = None,
+        full_text_row_masked_out_mask: Float[Array, "B 1 T 1"] | None = None,
+        past_key_values: MllamaCache | None = None,
+        inputs_embeds: Float[Array, "B T D"] | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: Int[Array, "T"] | None = None,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        """Runs the decoder over ``T`` new tokens.
+
+        Without image features, given or cached, the cross-attention layers are skipped and the
+        model is a plain Llama.
+
+        Args:
+          input_ids: (B, T) token ids; or give ``inputs_embeds`` (B, T, D).
+          attention_mask: 1 for tokens, 0 for padding. (B, T); with ``past_key_values`` it covers
+            the slots from 0 on, (B, n) with n up to the cache's length, and slots beyond it count
+            as 1 (those not yet written are hidden anyway).
+          position_ids: (B, T) or (1, T) rotary positions; ``cache_position`` if None.
+          cross_attention_states: projected image features, (B, M*L*P, D); Hugging Face's
+            (B*M*L, P, D) is accepted too.
+          cross_attention_mask: (B, T, M, L), 1 where a token may attend to a tile; None for
+            all. With ``cache_position`` it may cover the whole text, of which these rows are taken.
+          full_text_row_masked_out_mask: (B, 1, T, 1), 0 for tokens that may attend to no tile;
+            taken from ``cross_attention_mask`` if None.
+          past_key_values: a cache (`DecoderModule.init_cache`) with room for T more tokens.
+          use_cache: return the cache; the configuration's ``use_cache`` if None. Without
+            ``past_key_values`` the returned one has exactly T slots: sizes are fixed in JAX.
+          output_attentions, output_hidden_states: also return these; weights are computed by the
+            "reference" attention, whatever the module's kind.
+          return_dict: False returns a tuple.
+          cache_position: (T,) consecutive slots of the new tokens; the next free ones if None.
+
+        Raises:
+          ValueError: not exactly one of ``input_ids`` and ``inputs_embeds``; shapes disagree; the
+            cache is full (seen only outside `jax.jit`).
+        """
+        config = self.text_config
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x_BTD = x_BTD.astype(self.dtype)
+        B, T, _ = x_BTD.shape
+        use_cache = config.use_cache if use_cache is None else use_cache
+
+        start, cache = jnp.zeros((), jnp.int32), past_key_values
+        if cache is not None:
+            start = cache.length if cache_position is None else cache_position[0]
+            _check_cache(cache, B, T, start)
+        positions_T = start + jnp.arange(T) if cache_position is None else cache_position
+        if position_ids is None:
+            position_ids = positions_T[None]
+        cos, sin = rotary_table(position_ids, inverse_frequencies(config))
+
+        if cross_attention_states is not None:
+            cross_attention_states = _features_of_samples(cross_attention_states, B, config)
+            num_image_tokens = cross_attention_states.shape[1]
+        else:
+            num_image_tokens = 0 if cache is None else cache.num_image_tokens
+        if cache is None and use_cache:
+            cache = self.init_cache(B, T)
+        if cache is not None and cross_attention_states is not None:
+            cache = _with_room_for_images(cache, config, num_image_tokens)
+
+        cross_mask, sees_image_BT = _cross_mask(
+            cross_attention_mask, B, T, num_image_tokens, cache_position, self.hf_masked_rows
+        )
+        if full_text_row_masked_out_mask is not None:
+            sees_image_BT = full_text_row_masked_out_mask[:, 0, :, 0] != 0
+        num_slots = T if cache is None else cache.max_length
+        inputs = DecoderInputs(
+            cos=cos,
+            sin=sin,
+            mask=CausalMask(start + jnp.arange(T), _valid_slots(attention_mask, B, num_slots)),
+            start=start,
+            cross_attention_states=cross_attention_states,
+            cross_mask=cross_mask,
+            sees_image_BT=sees_image_BT,
+        )
+        (x_BTD, cache), (layer_inputs, weights) = self._layers(
+            x_BTD,
+            cache,
+            inputs,
+            with_images=num_image_tokens > 0,
+            output_hidden_states=bool(output_hidden_states),
+            output_attentions=bool(output_attentions),
+        )
+        x_BTD = self.norm(x_BTD)
+        if cache is not None:
+            cache = cache.replace(length=(start + T).astype(jnp.int32))  # type: ignore[attr-defined]
+        hidden_states = attentions = None
+        if output_hidden_states:
+            hidden_states = (*unstack_layers(layer_inputs, config.num_units), x_BTD)
+        if output_attentions:
+            attentions = unstack_layers(weights, config.num_units)
+        output = BaseModelOutputWithPast(
+            x_BTD, cache if use_cache else None, hidden_states, attentions
+        )
+        return output.to_tuple() if return_dict is False else output
+
+
+class MllamaForCausalLM(DecoderModule):
+    """The text-only language model: decoder and head, never the vision encoder's parameters."""
+
+    component = "language_model"
+
+    def setup(self) -> None:
+        config = self.text_config
+        self.model = MllamaTextModel(
+            config,
+            self.dtype,
+            self.param_dtype,
+            self.hf_masked_rows,
+            self.attention,
+            self.remat,
+        )
+        self.lm_head = projection(
+            config.vocab_size,
+            ("embed", "vocab"),
+            name=None,
+            std=config.initializer_range,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            # Logits are float32 whatever the weights are, without a float32 copy of the weights.
+            dot_general=partial(jax.lax.dot_general, preferred_element_type=jnp.float32),
+        )
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "B T"] | None = None,
+        attention_mask: Int[Array, "B S"] | None = None,
+        position_ids: Int[Array, "B T"] | None = None,
+        cross_attention_states: Float[Array, "B V D"] | None = None,
+        cross_attention_mask: Int[Array, "B T M L"] | None = None,
+        full_text_row_masked_out_mask: Float[Array, "B 1 T 1"] | None = None,
+        past_key_values: MllamaCache | None = None,
+        inputs_embeds: Float[Array, "B T D"] | None = None,
+        labels: Int[Array, "B T"] | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: Int[Array, "T"] | None = None,
+        num_logits_to_keep: int = 0,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Runs the decoder over ``T`` new tokens and predicts the next one of each.
+
+        Args:
+          labels: (B, T) token ids, -100 for tokens that don't count; label t is what token t-1 is
+            to predict (they are shifted here). The loss is the mean over labels that count, NaN
+            if there is none.
+          num_logits_to_keep: compute logits of the last so many tokens only; 0 for all.
+
+        The other arguments are `MllamaTextModel.__call__`'s.
+
+        Returns:
+          `CausalLMOutputWithPast`, or with ``return_dict=False`` its fields that are not None.
+
+        Raises:
+          ValueError: as `MllamaTextModel.__call__`; or ``labels`` don't match the logits.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cross_attention_states=cross_attention_states,
+            cross_attention_mask=cross_attention_mask,
+            full_text_row_masked_out_mask=full_text_row_masked_out_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            cache_position=cache_position,
+        )
+        logits = self.lm_head(outputs.last_hidden_state[:, -num_logits_to_keep:])
+        loss = None
+        if labels is not None:
+            if labels.shape != logits.shape[:2]:
+                raise ValueError(
+                    f"labels has shape {labels.shape}, expected {logits.shape[:2]}: one for each "
+                    f"logit (num_logits_to_keep={num_logits_to_keep})"
+                )
+            total, count = cross_entropy(logits, shift_labels(labels))
+            loss = total / count
+        output = CausalLMOutputWithPast(
+            loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    @nn.nowrap
+    def generate(self, params: Params, **inputs: Any) -> Any:
+        """Continues prompts; see `mllama_jax.generation.generate`."""
+        from mllama_jax.generation import generate
+
+        return generate(self, params, **inputs)
+
+
+def _check_cache(cache: MllamaCache, batch_size: int, length: int, start: Array) -> None:
+    if cache.keys.shape[1] != batch_size:
+        raise ValueError(
+            f"past_key_values holds {cache.keys.shape[1]} samples, the inputs {batch_size}"
+        )
+    used = 0 if isinstance(start, jax.core.Tracer) else int(start)
+    if used + length > cache.max_length:
+        raise ValueError(
+            f"past_key_values has {cache.max_length} slots; {used} are used and {length} more are "
+            "needed: make it larger (init_cache)"
+        )
+
+
+def _features_of_samples(states: Array, batch_size: int, config: MllamaTextConfig) -> Array:
+    if states.ndim < 3 or states.shape[0] % batch_size or states.shape[-1] != config.hidden_size:
+        raise ValueError(
+            f"cross_attention_states has shape {states.shape}, expected (batch={batch_size}, image "
+            f"tokens, hidden_size={config.hidden_size}) or (batch * images * tiles, patches, "
+            "hidden_size)"
+        )
+    return states.reshape(batch_size, -1, config.hidden_size)
+
+
+def _with_room_for_images(
+    cache: MllamaCache, config: MllamaTextConfig, num_image_tokens: int
+) -> MllamaCache:
+    if cache.num_image_tokens == num_image_tokens:
+        return cache
+    if cache.num_image_tokens:
+        raise ValueError(
+            f"past_key_values holds {cache.num_image_tokens} image tokens a sample, the new images "
+            f"have {num_image_tokens}: images are given once, at the start"
+        )
+    room = MllamaCache.create(config, cache.keys.shape[1], 0, num_image_tokens, cache.keys.dtype)
+    return cache.replace(  # type: ignore[attr-defined]
+        cross_keys=room.cross_keys, cross_values=room.cross_values
+    )
+
+
+def _valid_slots(attention_mask: Array | None, batch_size: int, num_slots: int) -> Array:
+    if attention_mask is None:
+        return jnp.ones((batch_size, num_slots), bool)
+    if attention_mask.ndim != 2 or attention_mask.shape[0] != batch_size:
+        raise ValueError(
+            f"attention_mask has shape {attention_mask.shape}, expected (batch={batch_size}, tokens)"
+        )
+    missing = num_slots - attention_mask.shape[1]
+    if missing < 0:
+        raise ValueError(
+            f"attention_mask covers {attention_mask.shape[1]} tokens, there are {num_slots} slots"
+        )
+    return jnp.pad(attention_mask != 0, ((0, 0), (0, missing)), constant_values=True)
+
+
+def _cross_mask(
+    mask: Array | None,
+    batch_size: int,
+    length: int,
+    num_image_tokens: int,
+    cache_position: Array | None,
+    hf_masked_rows: bool,
+) -> tuple[TileMask | None, Array | None]:
+    """The tile mask of the layers, and which tokens may attend to some tile."""
+    if mask is None or num_image_tokens == 0:
+        return None, None
+    if mask.ndim == 4 and mask.shape[1] != length and cache_position is not None:
+        mask = mask[:, cache_position]
+    num_tiles = mask.shape[-1] * mask.shape[-2] if mask.ndim == 4 else 0
+    if mask.shape[:2] != (batch_size, length) or not num_tiles or num_image_tokens % num_tiles:
+        raise ValueError(
+            f"cross_attention_mask has shape {mask.shape}, expected (batch={batch_size}, tokens="
+            f"{length}, images, tiles) with {num_image_tokens} image tokens a sample"
+        )
+    tiles_BTL = mask.reshape(batch_size, length, num_tiles) != 0
+    sees_image_BT = tiles_BTL.any(-1)
+    if hf_masked_rows:
+        tiles_BTL = tiles_BTL | ~sees_image_BT[..., None]
+    return TileMask(tiles_BTL, num_image_tokens // num_tiles), sees_image_BT
