@@ -1,6 +1,6 @@
 """Keys and values of past tokens and of images, as an explicit pytree that goes in and comes out."""
 
-from typing import Self
+from typing import Any, Self
 
 import flax.struct
 import jax
@@ -8,6 +8,9 @@ import jax.numpy as jnp
 
 from mllama_jax.configs import MllamaTextConfig
 from mllama_jax.shapes import Array, Float, Int
+
+LegacyCache = tuple[tuple[Array, Array] | None, ...]
+"""Hugging Face's older format: a (keys, values) pair for each decoder layer."""
 
 
 @flax.struct.dataclass
@@ -53,6 +56,47 @@ class MllamaCache:
             cross_values=jnp.zeros(image, dtype) if num_image_tokens else None,
             length=jnp.zeros((), jnp.int32),
         )
+
+    @classmethod
+    def from_legacy_cache(cls, config: MllamaTextConfig, layers: LegacyCache, room: int) -> Self:
+        """The cache that holds what `to_legacy_cache` returned, with ``room`` more slots."""
+        if len(layers) != config.num_hidden_layers:
+            raise ValueError(
+                f"past_key_values has {len(layers)} layers, the model {config.num_hidden_layers}"
+            )
+        text = [pair for i, pair in enumerate(layers) if not config.is_cross_attention_layer(i)]
+        image = [layers[i] for i in sorted(config.cross_attention_layers)]
+
+        def stack(pairs: list[Any], which: int, slots: int) -> Array:
+            stacked = jnp.stack([pair[which] for pair in pairs]).swapaxes(2, 3)
+            return jnp.pad(stacked, ((0, 0), (0, 0), (0, slots), (0, 0), (0, 0)))
+
+        keys, values = (stack(text, which, room) for which in (0, 1))
+        cross_keys = cross_values = None
+        if image and image[0] is not None:
+            cross_keys, cross_values = (stack(image, which, 0) for which in (0, 1))
+        length = jnp.asarray(keys.shape[2] - room, jnp.int32)
+        return cls(keys, values, cross_keys, cross_values, length)
+
+    def to_legacy_cache(self, config: MllamaTextConfig) -> LegacyCache:
+        """One (keys, values) pair a decoder layer, (B, K, slots, H) each; all slots.
+
+        None stands for the cross-attention layers while no image has been seen.
+        """
+        layers: list[tuple[Array, Array] | None] = []
+        num_cross = 0
+        for i in range(config.num_hidden_layers):
+            if not config.is_cross_attention_layer(i):
+                index = i - num_cross
+                layers.append((self.keys[index].swapaxes(1, 2), self.values[index].swapaxes(1, 2)))
+                continue
+            if self.cross_keys is None or self.cross_values is None:
+                layers.append(None)
+            else:
+                pair = (self.cross_keys[num_cross], self.cross_values[num_cross])
+                layers.append((pair[0].swapaxes(1, 2), pair[1].swapaxes(1, 2)))
+            num_cross += 1
+        return tuple(layers)
 
     @property
     def max_length(self) -> int:

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from einops import rearrange
 
-from mllama_jax.cache import MllamaCache
+from mllama_jax.cache import LegacyCache, MllamaCache
 from mllama_jax.configs import MllamaConfig
 from mllama_jax.layers import projection
 from mllama_jax.outputs import CausalLMOutputWithPast
@@ -80,7 +80,7 @@ class MllamaForConditionalGeneration(DecoderModule):
         cross_attention_mask: Int[Array, "B T M L"] | None = None,
         cross_attention_states: Float[Array, "B V D"] | None = None,
         position_ids: Int[Array, "B T"] | None = None,
-        past_key_values: MllamaCache | None = None,
+        past_key_values: MllamaCache | LegacyCache | None = None,
         inputs_embeds: Float[Array, "B T D"] | None = None,
         labels: Int[Array, "B T"] | None = None,
         use_cache: bool | None = None,

@@ -6,7 +6,7 @@ from typing import Any
 
 import flax.struct
 
-from mllama_jax.cache import MllamaCache
+from mllama_jax.cache import LegacyCache, MllamaCache
 from mllama_jax.shapes import Array
 
 
@@ -48,7 +48,7 @@ class BaseModelOutputWithPast(_Output):
     """
 
     last_hidden_state: Array
-    past_key_values: MllamaCache | None = None
+    past_key_values: MllamaCache | LegacyCache | None = None
     hidden_states: tuple[Array, ...] | None = None
     attentions: tuple[Array, ...] | None = None
 
@@ -62,6 +62,6 @@ class CausalLMOutputWithPast(_Output):
 
     loss: Array | None = None
     logits: Array | None = None
-    past_key_values: MllamaCache | None = None
+    past_key_values: MllamaCache | LegacyCache | None = None
     hidden_states: tuple[Array, ...] | None = None
     attentions: tuple[Array, ...] | None = None

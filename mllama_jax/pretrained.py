@@ -1,4 +1,4 @@
-"""What every model class offers: parameters from scratch, from a checkpoint, and to a checkpoint."""
+"""What every model class offers: parameters from scratch, from and to a checkpoint."""
 
 from typing import Any, ClassVar, Self
 

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mllama_jax.cache import MllamaCache
+from mllama_jax.cache import LegacyCache, MllamaCache
 from mllama_jax.configs import MllamaConfig, MllamaTextConfig
 from mllama_jax.decoder import DecoderInputs, DecoderUnit, unstack_layers
 from mllama_jax.layers import RMSNorm, logical, projection
@@ -100,7 +100,7 @@ class MllamaTextModel(DecoderModule):
         cross_attention_states: Float[Array, "B V D"] | None = None,
         cross_attention_mask: Int[Array, "B T M L"] | None = None,
         full_text_row_masked_out_mask: Float[Array, "B 1 T 1"] | None = None,
-        past_key_values: MllamaCache | None = None,
+        past_key_values: MllamaCache | LegacyCache | None = None,
         inputs_embeds: Float[Array, "B T D"] | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
@@ -125,7 +125,8 @@ class MllamaTextModel(DecoderModule):
             all. With ``cache_position`` it may cover the whole text, of which these rows are taken.
           full_text_row_masked_out_mask: (B, 1, T, 1), 0 for tokens that may attend to no tile;
             taken from ``cross_attention_mask`` if None.
-          past_key_values: a cache (`DecoderModule.init_cache`) with room for T more tokens.
+          past_key_values: a cache (`DecoderModule.init_cache`) with room for T more tokens; or
+            Hugging Face's older tuple of (keys, values) pairs, which comes back T slots longer.
           use_cache: return the cache; the configuration's ``use_cache`` if None. Without
             ``past_key_values`` the returned one has exactly T slots: sizes are fixed in JAX.
           output_attentions, output_hidden_states: also return these; weights are computed by the
@@ -145,7 +146,11 @@ class MllamaTextModel(DecoderModule):
         B, T, _ = x_BTD.shape
         use_cache = config.use_cache if use_cache is None else use_cache
 
-        start, cache = jnp.zeros((), jnp.int32), past_key_values
+        start = jnp.zeros((), jnp.int32)
+        cache = past_key_values
+        is_legacy = isinstance(past_key_values, tuple)
+        if is_legacy:
+            cache = MllamaCache.from_legacy_cache(config, past_key_values, room=T)
         if cache is not None:
             start = cache.length if cache_position is None else cache_position[0]
             _check_cache(cache, B, T, start)
@@ -189,7 +194,9 @@ class MllamaTextModel(DecoderModule):
         )
         x_BTD = self.norm(x_BTD)
         if cache is not None:
-            cache = cache.replace(length=(start + T).astype(jnp.int32))  # type: ignore[attr-defined]
+            cache = cache.replace(length=jnp.asarray(start + T, jnp.int32))  # type: ignore[attr-defined]
+            if is_legacy:
+                cache = cache.to_legacy_cache(config)
         hidden_states = attentions = None
         if output_hidden_states:
             hidden_states = (*unstack_layers(layer_inputs, config.num_units), x_BTD)
@@ -235,7 +242,7 @@ class MllamaForCausalLM(DecoderModule):
         cross_attention_states: Float[Array, "B V D"] | None = None,
         cross_attention_mask: Int[Array, "B T M L"] | None = None,
         full_text_row_masked_out_mask: Float[Array, "B 1 T 1"] | None = None,
-        past_key_values: MllamaCache | None = None,
+        past_key_values: MllamaCache | LegacyCache | None = None,
         inputs_embeds: Float[Array, "B T D"] | None = None,
         labels: Int[Array, "B T"] | None = None,
         use_cache: bool | None = None,
@@ -342,7 +349,8 @@ def _valid_slots(attention_mask: Array | None, batch_size: int, num_slots: int) 
         return jnp.ones((batch_size, num_slots), bool)
     if attention_mask.ndim != 2 or attention_mask.shape[0] != batch_size:
         raise ValueError(
-            f"attention_mask has shape {attention_mask.shape}, expected (batch={batch_size}, tokens)"
+            f"attention_mask has shape {attention_mask.shape}, expected (batch={batch_size}, "
+            "tokens)"
         )
     missing = num_slots - attention_mask.shape[1]
     if missing < 0:

@@ -383,7 +383,7 @@ def dummy_images(config: MllamaVisionConfig, dtype: DTypeLike) -> dict[str, Arra
 def tiles_of_aspect_ratios(
     config: MllamaVisionConfig, aspect_ratio_ids: Int[Array, "B M"]
 ) -> Int[Array, "B M L"]:
-    """The tiles that exist for each aspect-ratio id; for "no image" the first one, by convention."""
+    """The tiles that exist for each aspect-ratio id; by convention the first one for "no image"."""
     counts = np.array([1, *(h * w for h, w in config.supported_aspect_ratios)])
     exists = np.arange(config.max_num_tiles) < counts[:, None]
     return jnp.asarray(exists, jnp.int32)[aspect_ratio_ids]
