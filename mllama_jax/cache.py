@@ -1,5 +1,6 @@
-"""Keys and values of past tokens and of images, as an explicit pytree that goes in and comes out."""
+"""Keys and values of past tokens and of images: a pytree that goes in and comes out."""
 
+import dataclasses
 from typing import Any, Self
 
 import flax.struct
@@ -118,7 +119,8 @@ class MllamaCache:
         """Writes a self-attention layer's new keys and values to the slots from ``start`` on."""
         zero = jnp.zeros((), jnp.int32)
         place = (layer, zero, start, zero, zero)
-        return self.replace(  # type: ignore[attr-defined]
+        return dataclasses.replace(
+            self,
             keys=_write(self.keys, keys_BTKH, place),
             values=_write(self.values, values_BTKH, place),
         )
@@ -136,14 +138,22 @@ class MllamaCache:
         """Sets a cross-attention layer's keys and values."""
         zero = jnp.zeros((), jnp.int32)
         place = (layer, zero, zero, zero, zero)
-        return self.replace(  # type: ignore[attr-defined]
-            cross_keys=_write(self.cross_keys, keys_BVKH, place),
-            cross_values=_write(self.cross_values, values_BVKH, place),
+        cross_keys, cross_values = self._images()
+        return dataclasses.replace(
+            self,
+            cross_keys=_write(cross_keys, keys_BVKH, place),
+            cross_values=_write(cross_values, values_BVKH, place),
         )
 
     def read_images(self, layer: Int[Array, ""]) -> tuple[Array, Array]:
         """A cross-attention layer's keys and values, (B, V, K, H) each."""
-        return _layer(self.cross_keys, layer), _layer(self.cross_values, layer)
+        cross_keys, cross_values = self._images()
+        return _layer(cross_keys, layer), _layer(cross_values, layer)
+
+    def _images(self) -> tuple[Array, Array]:
+        if self.cross_keys is None or self.cross_values is None:
+            raise ValueError("the cache has no room for images (num_image_tokens is 0)")
+        return self.cross_keys, self.cross_values
 
 
 def _write(stack: Array, update: Array, place: tuple[Array, ...]) -> Array:

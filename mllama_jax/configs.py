@@ -70,14 +70,17 @@ class _Problems:
             raise ValueError(f"invalid {self._name}: " + "; ".join(self._found))
 
 
+@dataclass(frozen=True)
 class _Config:
     """Reading and writing that the three configurations share."""
+
+    extra: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
 
     model_type: ClassVar[str]
     _section: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
-        for item in dataclasses.fields(self):  # type: ignore[arg-type]
+        for item in dataclasses.fields(self):
             object.__setattr__(self, item.name, _freeze(getattr(self, item.name)))
         self._validate()
 
@@ -100,7 +103,7 @@ class _Config:
         if found_type != cls.model_type:
             raise ValueError(f"model_type is {found_type!r}, expected {cls.model_type!r}")
         values = cls._read_fields({k: v for k, v in values.items() if k != "model_type"})
-        names = {item.name for item in dataclasses.fields(cls)} - {"extra"}  # type: ignore[arg-type]
+        names = {item.name for item in dataclasses.fields(cls)} - {"extra"}
         known = {key: value for key, value in values.items() if key in names}
         extra = {key: value for key, value in values.items() if key not in names}
         return cls(**known, extra=extra)
@@ -115,10 +118,10 @@ class _Config:
         del rope_format
         own = {
             item.name: _thaw(getattr(self, item.name))
-            for item in dataclasses.fields(self)  # type: ignore[arg-type]
+            for item in dataclasses.fields(self)
             if item.name != "extra"
         }
-        return {**_thaw(self.extra), **own, "model_type": self.model_type}  # type: ignore[attr-defined]
+        return {**_thaw(self.extra), **own, "model_type": self.model_type}
 
     @classmethod
     def from_pretrained(cls, path: epath.PathLike) -> Self:
@@ -183,7 +186,6 @@ class MllamaVisionConfig(_Config):
     intermediate_layers_indices: tuple[int, ...] = (3, 7, 15, 23, 30)
     supported_aspect_ratios: tuple[tuple[int, int], ...] = _DEFAULT_ASPECT_RATIOS
     initializer_range: float = 0.02
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
     model_type: ClassVar[str] = "mllama_vision_model"
     _section: ClassVar[str | None] = "vision_config"
@@ -299,7 +301,6 @@ class MllamaTextConfig(_Config):
     bos_token_id: int = 128000
     eos_token_id: int | tuple[int, ...] = 128001
     pad_token_id: int | None = 128004
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
     model_type: ClassVar[str] = "mllama_text_model"
     _section: ClassVar[str | None] = "text_config"
@@ -437,12 +438,14 @@ class MllamaConfig(_Config):
     vision_config: MllamaVisionConfig = None  # type: ignore[assignment]
     text_config: MllamaTextConfig = None  # type: ignore[assignment]
     image_token_index: int = 128256
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
     model_type: ClassVar[str] = "mllama"
 
     def __post_init__(self) -> None:
-        parts = {"vision_config": MllamaVisionConfig, "text_config": MllamaTextConfig}
+        parts: dict[str, type[MllamaVisionConfig] | type[MllamaTextConfig]] = {
+            "vision_config": MllamaVisionConfig,
+            "text_config": MllamaTextConfig,
+        }
         for name, part in parts.items():
             value = getattr(self, name)
             if value is None:

@@ -245,6 +245,7 @@ class DecoderUnit(nn.Module):
             if cross and not self.with_images:
                 continue
             name = f"block_{block}"
+            layer: CrossAttentionLayer | SelfAttentionLayer
             if cross:
                 layer = CrossAttentionLayer(*shared, self.hf_masked_rows, name=name)
             else:

@@ -5,6 +5,7 @@ Parameters carry logical axis names only; what they are split over is decided el
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -23,9 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def logical(
-    initializer: jax.nn.initializers.Initializer, *axes: str | None
-) -> jax.nn.initializers.Initializer:
+def logical(initializer: jax.nn.initializers.Initializer, *axes: str | None) -> Callable[..., Any]:
     """Names the axes of the parameter that ``initializer`` makes."""
     return nn.with_logical_partitioning(initializer, axes)
 
@@ -42,7 +41,7 @@ def projection(
     use_bias: bool = False,
     dot_general: Callable[..., Array] | None = None,
 ) -> nn.DenseGeneral:
-    """A linear map of the last ``contract`` axes to ``features``; ``axes`` name the kernel's axes."""
+    """A linear map of the last ``contract`` axes to ``features``; ``axes`` are the kernel's."""
     return nn.DenseGeneral(
         features,
         axis=tuple(range(-contract, 0)),

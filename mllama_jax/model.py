@@ -64,7 +64,7 @@ class MllamaForConditionalGeneration(DecoderModule):
 
         The arguments are `MllamaVisionModel.__call__`'s.
         """
-        features = self.vision_model(pixel_values, aspect_ratio_ids, aspect_ratio_mask)
+        features: Any = self.vision_model(pixel_values, aspect_ratio_ids, aspect_ratio_mask)
         return self._project(features.last_hidden_state)
 
     def _project(self, features_BMLPO: Array) -> Array:
@@ -115,10 +115,10 @@ class MllamaForConditionalGeneration(DecoderModule):
                 raise ValueError("pixel_values and cross_attention_states exclude each other")
             if aspect_ratio_ids is None:
                 raise ValueError("pixel_values needs aspect_ratio_ids")
-            text = input_ids if input_ids is not None else inputs_embeds
-            if pixel_values.shape[0] != text.shape[0]:
+            num_samples = len(inputs_embeds if input_ids is None else input_ids)  # type: ignore[arg-type]
+            if pixel_values.shape[0] != num_samples:
                 raise ValueError(
-                    f"pixel_values has {pixel_values.shape[0]} samples, the text {text.shape[0]}"
+                    f"pixel_values has {pixel_values.shape[0]} samples, the text {num_samples}"
                 )
             cross_attention_states = self.encode_images(
                 pixel_values, aspect_ratio_ids, aspect_ratio_mask

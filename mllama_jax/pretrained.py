@@ -52,7 +52,8 @@ class PretrainedModule(nn.Module):
     @nn.nowrap
     def init_params(self, key: jax.Array) -> Params:
         """Randomly initialised parameters, in ``param_dtype``."""
-        return nn.unbox(self.init(key, **self.dummy_inputs())["params"])
+        inputs: Any = self.dummy_inputs()
+        return nn.unbox(self.init(key, **inputs)["params"])
 
     @nn.nowrap
     def param_shapes(self) -> Params:

@@ -1,5 +1,6 @@
 """The language model: the decoder with its embedding, and with the head on top."""
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,11 @@ class DecoderModule(PretrainedModule):
     @property
     def text_config(self) -> MllamaTextConfig:
         config = self.config
-        return config.text_config if isinstance(config, MllamaConfig) else config
+        if isinstance(config, MllamaConfig):
+            return config.text_config
+        if not isinstance(config, MllamaTextConfig):
+            raise TypeError(f"config is {type(config).__name__}, expected MllamaTextConfig")
+        return config
 
     @nn.nowrap
     def init_cache(
@@ -70,7 +75,7 @@ class MllamaTextModel(DecoderModule):
 
     @nn.compact
     def _layers(
-        self, x_BTD: Array, cache: MllamaCache | None, inputs: DecoderInputs, **flags: bool
+        self, x_BTD: Array, cache: MllamaCache | None, inputs: DecoderInputs, **flags: Any
     ) -> Any:
         config = self.text_config
         unit = nn.remat(DecoderUnit, prevent_cse=False) if self.remat else DecoderUnit
@@ -147,10 +152,11 @@ class MllamaTextModel(DecoderModule):
         use_cache = config.use_cache if use_cache is None else use_cache
 
         start = jnp.zeros((), jnp.int32)
-        cache = past_key_values
-        is_legacy = isinstance(past_key_values, tuple)
-        if is_legacy:
+        cache: MllamaCache | None
+        if isinstance(past_key_values, tuple):
             cache = MllamaCache.from_legacy_cache(config, past_key_values, room=T)
+        else:
+            cache = past_key_values
         if cache is not None:
             start = cache.length if cache_position is None else cache_position[0]
             _check_cache(cache, B, T, start)
@@ -194,17 +200,16 @@ class MllamaTextModel(DecoderModule):
         )
         x_BTD = self.norm(x_BTD)
         if cache is not None:
-            cache = cache.replace(length=jnp.asarray(start + T, jnp.int32))  # type: ignore[attr-defined]
-            if is_legacy:
-                cache = cache.to_legacy_cache(config)
+            cache = dataclasses.replace(cache, length=jnp.asarray(start + T, jnp.int32))
+        past: MllamaCache | LegacyCache | None = cache if use_cache else None
+        if isinstance(past_key_values, tuple) and isinstance(past, MllamaCache):
+            past = past.to_legacy_cache(config)
         hidden_states = attentions = None
         if output_hidden_states:
             hidden_states = (*unstack_layers(layer_inputs, config.num_units), x_BTD)
         if output_attentions:
             attentions = unstack_layers(weights, config.num_units)
-        output = BaseModelOutputWithPast(
-            x_BTD, cache if use_cache else None, hidden_states, attentions
-        )
+        output = BaseModelOutputWithPast(x_BTD, past, hidden_states, attentions)
         return output.to_tuple() if return_dict is False else output
 
 
@@ -268,7 +273,7 @@ class MllamaForCausalLM(DecoderModule):
         Raises:
           ValueError: as `MllamaTextModel.__call__`; or ``labels`` don't match the logits.
         """
-        outputs = self.model(
+        outputs: Any = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -339,9 +344,7 @@ def _with_room_for_images(
             f"have {num_image_tokens}: images are given once, at the start"
         )
     room = MllamaCache.create(config, cache.keys.shape[1], 0, num_image_tokens, cache.keys.dtype)
-    return cache.replace(  # type: ignore[attr-defined]
-        cross_keys=room.cross_keys, cross_values=room.cross_values
-    )
+    return dataclasses.replace(cache, cross_keys=room.cross_keys, cross_values=room.cross_values)
 
 
 def _valid_slots(attention_mask: Array | None, batch_size: int, num_slots: int) -> Array:

@@ -17,7 +17,7 @@ from einops import rearrange
 from jax.typing import DTypeLike
 
 from mllama_jax.attention import AttentionKind, attend, attend_with_weights
-from mllama_jax.configs import MllamaVisionConfig
+from mllama_jax.configs import MllamaConfig, MllamaVisionConfig
 from mllama_jax.layers import ACTIVATIONS, gated, layer_norm, logical, projection
 from mllama_jax.masks import PaddingPairMask
 from mllama_jax.outputs import BaseModelOutput
@@ -149,7 +149,7 @@ class VisionEncoder(nn.Module):
         keep: tuple[int, ...] = (),
         output_hidden_states: bool = False,
         output_attentions: bool = False,
-    ) -> tuple[Array, Array | None, Array | None, Array | None]:
+    ) -> tuple[Array, Array | None, Any, Any]:
         """Returns the final state, the kept states (len(keep), B, E, D), every layer's input
         (layers, B, E, D) and every layer's weights (layers, B, N, E, E), where asked for."""
         slots = np.full(self.num_layers, len(keep), np.int32)
@@ -248,7 +248,11 @@ class MllamaVisionModel(PretrainedModule):
     @property
     def vision_config(self) -> MllamaVisionConfig:
         config = self.config
-        return config if isinstance(config, MllamaVisionConfig) else config.vision_config
+        if isinstance(config, MllamaConfig):
+            return config.vision_config
+        if not isinstance(config, MllamaVisionConfig):
+            raise TypeError(f"config is {type(config).__name__}, expected MllamaVisionConfig")
+        return config
 
     def setup(self) -> None:
         config, dtypes = self.vision_config, (self.dtype, self.param_dtype)
