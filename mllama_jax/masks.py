@@ -3,7 +3,7 @@
 True means "may attend". No mask is ever stored at its full size (queries × keys).
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import flax.struct
 import jax
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from mllama_jax.shapes import Array, Bool, Int
 
 
+@runtime_checkable
 class Mask(Protocol):
     """What `mllama_jax.attention.attend` needs of a mask."""
 

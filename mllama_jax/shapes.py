@@ -24,6 +24,16 @@ U   repeating units of the decoder
 ==  ==================================================================================
 """
 
-from jaxtyping import Array, Bool, Float, Int
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+if TYPE_CHECKING:
+    from jax import Array as Array
+else:
+    # Callers may pass NumPy's arrays; what comes out is JAX's.
+    Array = jax.Array | np.ndarray
 
 __all__ = ["Array", "Bool", "Float", "Int"]
