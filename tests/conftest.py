@@ -1,7 +1,36 @@
 """Shapes and dtypes that annotations promise are checked at run time, in tests only."""
 
+import pytest
 from jaxtyping import install_import_hook
 
 CHECKED = ("attention", "decoder", "decoding", "layers", "loss", "masks", "rope", "sampling")
 
 install_import_hook([f"mllama_jax.{module}" for module in CHECKED], "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def processor_folder(tmp_path_factory):
+    """The released tokenizer, a chat template and settings for tiny tiles."""
+    from processor_folders import write_folder
+
+    return write_folder(tmp_path_factory.mktemp("processor"))
+
+
+@pytest.fixture(scope="session")
+def processor(processor_folder):
+    from mllama_jax import MllamaProcessor
+
+    return MllamaProcessor.from_pretrained(processor_folder)
+
+
+@pytest.fixture(scope="session")
+def hf_processor(processor_folder):
+    """What transformers makes of the same folder. Its tokenizer is changed by calls."""
+    from transformers import PreTrainedTokenizerFast
+    from transformers.models.mllama.image_processing_mllama import MllamaImageProcessor
+    from transformers.models.mllama.processing_mllama import MllamaProcessor
+
+    image_processor = MllamaImageProcessor.from_pretrained(processor_folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(processor_folder)
+    template = (processor_folder / "chat_template.jinja").read_text()
+    return MllamaProcessor(image_processor, tokenizer, chat_template=template)
