@@ -10,13 +10,12 @@ from mllama_jax.cache import LegacyCache, MllamaCache
 from mllama_jax.configs import MllamaConfig
 from mllama_jax.layers import projection
 from mllama_jax.outputs import CausalLMOutputWithPast
-from mllama_jax.pretrained import Params
 from mllama_jax.shapes import Array, Float, Int
-from mllama_jax.text import DecoderModule, MllamaForCausalLM
+from mllama_jax.text import GenerativeModule, MllamaForCausalLM
 from mllama_jax.vision import MllamaVisionModel, dummy_images
 
 
-class MllamaForConditionalGeneration(DecoderModule):
+class MllamaForConditionalGeneration(GenerativeModule):
     """Llama 3.2 Vision; see `__call__` and `PretrainedModule`.
 
     ::
@@ -152,10 +151,3 @@ class MllamaForConditionalGeneration(DecoderModule):
     def dummy_inputs(self) -> dict[str, Array]:
         images = dummy_images(self.full_config.vision_config, self.dtype)
         return {"input_ids": jnp.zeros((1, 1), jnp.int32), **images}
-
-    @nn.nowrap
-    def generate(self, params: Params, **inputs: Any) -> Any:
-        """Answers prompts with pictures; see `mllama_jax.generation.generate`."""
-        from mllama_jax.generation import generate
-
-        return generate(self, params, **inputs)

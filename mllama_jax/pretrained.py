@@ -53,7 +53,13 @@ class PretrainedModule(nn.Module):
     def init_params(self, key: jax.Array) -> Params:
         """Randomly initialised parameters, in ``param_dtype``."""
         inputs: Any = self.dummy_inputs()
-        return nn.unbox(self.init(key, **inputs)["params"])
+
+        # Compiled, because only the random numbers are then computed, not the model's output.
+        @jax.jit
+        def init(key: jax.Array) -> Params:
+            return nn.unbox(self.init(key, **inputs)["params"])
+
+        return init(key)
 
     @nn.nowrap
     def param_shapes(self) -> Params:

@@ -2,15 +2,17 @@
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from etils import epath
 
 from mllama_jax.cache import LegacyCache, MllamaCache
 from mllama_jax.configs import MllamaConfig, MllamaTextConfig
 from mllama_jax.decoder import DecoderInputs, DecoderUnit, unstack_layers
+from mllama_jax.generation_config import GenerationConfig
 from mllama_jax.layers import RMSNorm, logical, projection
 from mllama_jax.loss import cross_entropy, shift_labels
 from mllama_jax.masks import CausalMask, TileMask
@@ -18,6 +20,9 @@ from mllama_jax.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from mllama_jax.pretrained import Params, PretrainedModule
 from mllama_jax.rope import inverse_frequencies, rotary_table
 from mllama_jax.shapes import Array, Float, Int
+
+if TYPE_CHECKING:
+    from mllama_jax.generation import GenerateOutput
 
 
 class DecoderModule(PretrainedModule):
@@ -53,6 +58,34 @@ class DecoderModule(PretrainedModule):
             "input_ids": jnp.zeros((1, 1), jnp.int32),
             "cross_attention_states": jnp.zeros((1, 1, self.text_config.hidden_size), self.dtype),
         }
+
+
+class GenerativeModule(DecoderModule):
+    """What the models with a head share.
+
+    Attributes:
+      generation_config: the defaults of `generate`; `from_pretrained` takes them from the
+        checkpoint's ``generation_config.json``. None stands for those of the configuration.
+    """
+
+    generation_config: GenerationConfig | None = None
+
+    @nn.nowrap
+    def generate(
+        self, params: Params, input_ids: Int[Array, "B T"], **inputs: Any
+    ) -> "GenerateOutput":
+        """Continues prompts, with or without pictures; see `mllama_jax.generation.generate`."""
+        from mllama_jax.generation import generate
+
+        return generate(self, params, input_ids, **inputs)
+
+    @nn.nowrap
+    def save_pretrained(
+        self, params: Params, folder: epath.PathLike, *, max_shard_size: str = "5GB"
+    ) -> None:
+        super().save_pretrained(params, folder, max_shard_size=max_shard_size)
+        if self.generation_config is not None:
+            self.generation_config.save_pretrained(folder)
 
 
 class MllamaTextModel(DecoderModule):
@@ -213,7 +246,7 @@ class MllamaTextModel(DecoderModule):
         return output.to_tuple() if return_dict is False else output
 
 
-class MllamaForCausalLM(DecoderModule):
+class MllamaForCausalLM(GenerativeModule):
     """The text-only language model: decoder and head, never the vision encoder's parameters."""
 
     component = "language_model"
@@ -301,13 +334,6 @@ class MllamaForCausalLM(DecoderModule):
             loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions
         )
         return output.to_tuple() if return_dict is False else output
-
-    @nn.nowrap
-    def generate(self, params: Params, **inputs: Any) -> Any:
-        """Continues prompts; see `mllama_jax.generation.generate`."""
-        from mllama_jax.generation import generate
-
-        return generate(self, params, **inputs)
 
 
 def _check_cache(cache: MllamaCache, batch_size: int, length: int, start: Array) -> None:
