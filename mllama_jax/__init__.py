@@ -39,7 +39,7 @@ _MODULES = {
     "MllamaVisionModel": "vision",
 }
 
-__all__ = ["__version__", *sorted(_MODULES)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_MODULES)]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeGuard
 
 from etils import epath
 from flax.core import FrozenDict
@@ -48,6 +48,32 @@ def _thaw(value: Any) -> Any:
     return value
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_positive(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def _are_layers(value: Any, count: int) -> bool:
+    """Whether ``value`` holds different indices of ``count`` layers."""
+    return (
+        isinstance(value, tuple)
+        and all(isinstance(i, int) and 0 <= i < count for i in value)
+        and len(set(value)) == len(value)
+    )
+
+
+def _are_aspect_ratios(value: Any, max_num_tiles: int) -> bool:
+    return (
+        isinstance(value, tuple)
+        and len(value) > 0
+        and all(isinstance(ratio, tuple) and len(ratio) == 2 for ratio in value)
+        and all(_is_count(h) and _is_count(w) and h * w <= max_num_tiles for h, w in value)
+    )
+
+
 class _Problems:
     """Collects what is wrong with a configuration, so that all of it is reported at once."""
 
@@ -62,8 +88,12 @@ class _Problems:
     def positive_integers(self, config: object, *names: str) -> None:
         for name in names:
             value = getattr(config, name)
-            is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0
-            self.check(is_count, name, value, "a positive integer")
+            self.check(_is_count(value), name, value, "a positive integer")
+
+    def positive_numbers(self, config: object, *names: str) -> None:
+        for name in names:
+            value = getattr(config, name)
+            self.check(_is_positive(value), name, value, "a positive number")
 
     def raise_if_any(self) -> None:
         if self._found:
@@ -243,26 +273,25 @@ class MllamaVisionConfig(_Config):
         )
         taps = self.intermediate_layers_indices
         problems.check(
-            len(set(taps)) == len(taps) and all(0 <= i < self.num_hidden_layers for i in taps),
+            _are_layers(taps, self.num_hidden_layers),
             *("intermediate_layers_indices", taps),
             f"different layers from 0 to num_hidden_layers-1={self.num_hidden_layers - 1}",
         )
-        output_dim = self.hidden_size * (len(taps) + 1)
+        output_dim = self.hidden_size * (len(taps) + 1) if isinstance(taps, tuple) else None
         problems.check(
-            self.vision_output_dim == output_dim,
+            output_dim is None or self.vision_output_dim == output_dim,
             *("vision_output_dim", self.vision_output_dim),
             f"hidden_size * (len(intermediate_layers_indices) + 1) = {output_dim}",
         )
         ratios = self.supported_aspect_ratios
         problems.check(
-            len(ratios) > 0
-            and all(len(r) == 2 and 1 <= r[0] * r[1] <= self.max_num_tiles for r in ratios)
+            _are_aspect_ratios(ratios, self.max_num_tiles)
             and (self.max_num_tiles == 4 or ratios != _DEFAULT_ASPECT_RATIOS),
             *("supported_aspect_ratios", ratios),
             f"(tiles high, tiles wide) pairs of at most max_num_tiles={self.max_num_tiles} tiles; "
             "they must be given when max_num_tiles is not 4",
         )
-        problems.check(self.norm_eps > 0, "norm_eps", self.norm_eps, "a positive number")
+        problems.positive_numbers(self, "norm_eps")
         problems.check(
             self.hidden_act in _ACTIVATIONS,
             *("hidden_act", self.hidden_act),
@@ -310,7 +339,7 @@ class MllamaTextConfig(_Config):
             object.__setattr__(self, "cross_attention_layers", type(self).cross_attention_layers)
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
-        if self.rope_scaling is not None and "type" in self.rope_scaling:
+        if isinstance(self.rope_scaling, Mapping) and "type" in self.rope_scaling:
             scaling = {"rope_type": self.rope_scaling["type"], **self.rope_scaling}
             scaling.pop("type")
             object.__setattr__(self, "rope_scaling", scaling)
@@ -385,8 +414,7 @@ class MllamaTextConfig(_Config):
         )
         layers = self.cross_attention_layers
         problems.check(
-            len(set(layers)) == len(layers)
-            and all(0 <= i < self.num_hidden_layers for i in layers),
+            _are_layers(layers, self.num_hidden_layers),
             *("cross_attention_layers", layers),
             f"different layers from 0 to num_hidden_layers-1={self.num_hidden_layers - 1}",
         )
@@ -395,10 +423,7 @@ class MllamaTextConfig(_Config):
             *("tie_word_embeddings", self.tie_word_embeddings),
             "False: the embedding table has 8 rows more than the head",
         )
-        problems.check(self.rope_theta > 0, "rope_theta", self.rope_theta, "a positive number")
-        problems.check(
-            self.rms_norm_eps > 0, "rms_norm_eps", self.rms_norm_eps, "a positive number"
-        )
+        problems.positive_numbers(self, "rope_theta", "rms_norm_eps")
         problems.check(
             self.hidden_act in _ACTIVATIONS,
             *("hidden_act", self.hidden_act),
@@ -408,20 +433,31 @@ class MllamaTextConfig(_Config):
         problems.raise_if_any()
 
     def _check_rope(self, problems: _Problems) -> None:
-        if self.rope_scaling is None:
+        scaling = self.rope_scaling
+        if scaling is None:
             return
-        kind = self.rope_scaling.get("rope_type", "default")
+        if not isinstance(scaling, Mapping):
+            problems.check(False, "rope_scaling", scaling, "a mapping or None")
+            return
+        kind = scaling.get("rope_type", "default")
         problems.check(
             kind in _ROPE_FIELDS,
             *("rope_scaling['rope_type']", kind),
             f"one of {', '.join(_ROPE_FIELDS)}",
         )
         for name in _ROPE_FIELDS.get(kind, ()):
-            value = self.rope_scaling.get(name)
+            value = scaling.get(name)
             problems.check(
-                isinstance(value, int | float) and value > 0,
+                _is_positive(value),
                 *(f"rope_scaling[{name!r}]", value),
                 f"a positive number (rope_type {kind!r} needs it)",
+            )
+        low, high = (scaling.get(f"{name}_freq_factor") for name in ("low", "high"))
+        if kind == "llama3" and _is_positive(low) and _is_positive(high):
+            problems.check(
+                high > low,
+                *("rope_scaling['high_freq_factor']", high),
+                f"more than low_freq_factor={low}",
             )
 
 

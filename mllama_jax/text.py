@@ -179,9 +179,12 @@ class MllamaTextModel(DecoderModule):
         config = self.text_config
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        B, T = _batch_and_length(input_ids, inputs_embeds, config)
+        _check_shape("position_ids", position_ids, (B, T), (1, T))
+        _check_shape("cache_position", cache_position, (T,))
+        _check_shape("full_text_row_masked_out_mask", full_text_row_masked_out_mask, (B, 1, T, 1))
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         x_BTD = x_BTD.astype(self.dtype)
-        B, T, _ = x_BTD.shape
         use_cache = config.use_cache if use_cache is None else use_cache
 
         start = jnp.zeros((), jnp.int32)
@@ -193,6 +196,8 @@ class MllamaTextModel(DecoderModule):
         if cache is not None:
             start = cache.length if cache_position is None else cache_position[0]
             _check_cache(cache, B, T, start)
+        else:
+            _check_shape("attention_mask", attention_mask, (B, T))
         positions_T = start + jnp.arange(T) if cache_position is None else cache_position
         if position_ids is None:
             position_ids = positions_T[None]
@@ -334,6 +339,28 @@ class MllamaForCausalLM(GenerativeModule):
             loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions
         )
         return output.to_tuple() if return_dict is False else output
+
+
+def _batch_and_length(
+    input_ids: Array | None, inputs_embeds: Array | None, config: MllamaTextConfig
+) -> tuple[int, int]:
+    if input_ids is not None:
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids has shape {input_ids.shape}, expected (batch, tokens)")
+        return input_ids.shape[0], input_ids.shape[1]
+    assert inputs_embeds is not None
+    if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != config.hidden_size:
+        raise ValueError(
+            f"inputs_embeds has shape {inputs_embeds.shape}, expected (batch, tokens, "
+            f"hidden_size={config.hidden_size})"
+        )
+    return inputs_embeds.shape[0], inputs_embeds.shape[1]
+
+
+def _check_shape(name: str, array: Array | None, *allowed: tuple[int, ...]) -> None:
+    if array is not None and array.shape not in allowed:
+        expected = " or ".join(map(str, allowed))
+        raise ValueError(f"{name} has shape {array.shape}, expected {expected}")
 
 
 def _check_cache(cache: MllamaCache, batch_size: int, length: int, start: Array) -> None:

@@ -43,7 +43,6 @@ TILE = (3, 12, 12)
 
 def random_params(model: Any, seed: int = 0) -> dict[str, Any]:
     """Parameters far from zero, and from one where that would switch nothing."""
-    shapes = model.param_shapes()
     random = np.random.default_rng(seed)
 
     def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
