@@ -25,8 +25,8 @@ from mllama_jax.convert.table import (
     spellings,
     tensors,
 )
-from mllama_jax.generation_config import FILE_NAME as GENERATION_CONFIG
-from mllama_jax.generation_config import GenerationConfig
+from mllama_jax.generation.config import FILE_NAME as GENERATION_CONFIG
+from mllama_jax.generation.config import GenerationConfig
 from mllama_jax.hub import local_folder
 from mllama_jax.pretrained import Params, PretrainedModule
 

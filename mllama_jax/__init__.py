@@ -13,28 +13,28 @@ if TYPE_CHECKING:
     from mllama_jax.configs import MllamaConfig as MllamaConfig
     from mllama_jax.configs import MllamaTextConfig as MllamaTextConfig
     from mllama_jax.configs import MllamaVisionConfig as MllamaVisionConfig
-    from mllama_jax.generation_config import GenerationConfig as GenerationConfig
-    from mllama_jax.image_processing import MllamaImageProcessor as MllamaImageProcessor
+    from mllama_jax.generation.config import GenerationConfig as GenerationConfig
     from mllama_jax.model import (
         MllamaForConditionalGeneration as MllamaForConditionalGeneration,
     )
-    from mllama_jax.processing import MllamaProcessor as MllamaProcessor
+    from mllama_jax.processing.image_processor import MllamaImageProcessor as MllamaImageProcessor
+    from mllama_jax.processing.processor import MllamaProcessor as MllamaProcessor
+    from mllama_jax.processing.tokenizer import MllamaTokenizer as MllamaTokenizer
     from mllama_jax.text import MllamaForCausalLM as MllamaForCausalLM
     from mllama_jax.text import MllamaTextModel as MllamaTextModel
-    from mllama_jax.tokenizer import MllamaTokenizer as MllamaTokenizer
     from mllama_jax.vision import MllamaVisionModel as MllamaVisionModel
 
 _MODULES = {
-    "GenerationConfig": "generation_config",
+    "GenerationConfig": "generation.config",
     "MllamaCache": "cache",
     "MllamaConfig": "configs",
     "MllamaForCausalLM": "text",
     "MllamaForConditionalGeneration": "model",
-    "MllamaImageProcessor": "image_processing",
-    "MllamaProcessor": "processing",
+    "MllamaImageProcessor": "processing.image_processor",
+    "MllamaProcessor": "processing.processor",
     "MllamaTextConfig": "configs",
     "MllamaTextModel": "text",
-    "MllamaTokenizer": "tokenizer",
+    "MllamaTokenizer": "processing.tokenizer",
     "MllamaVisionConfig": "configs",
     "MllamaVisionModel": "vision",
 }

@@ -12,7 +12,7 @@ from etils import epath
 from mllama_jax.cache import LegacyCache, MllamaCache
 from mllama_jax.configs import MllamaConfig, MllamaTextConfig
 from mllama_jax.decoder import DecoderInputs, DecoderUnit, unstack_layers
-from mllama_jax.generation_config import GenerationConfig
+from mllama_jax.generation.config import GenerationConfig
 from mllama_jax.layers import RMSNorm, logical, projection
 from mllama_jax.loss import cross_entropy, shift_labels
 from mllama_jax.masks import CausalMask, TileMask
@@ -22,7 +22,7 @@ from mllama_jax.rope import inverse_frequencies, rotary_table
 from mllama_jax.shapes import Array, Float, Int
 
 if TYPE_CHECKING:
-    from mllama_jax.generation import GenerateOutput
+    from mllama_jax.generation.generate import GenerateOutput
 
 
 class DecoderModule(PretrainedModule):
@@ -74,8 +74,8 @@ class GenerativeModule(DecoderModule):
     def generate(
         self, params: Params, input_ids: Int[Array, "B T"], **inputs: Any
     ) -> "GenerateOutput":
-        """Continues prompts, with or without pictures; see `mllama_jax.generation.generate`."""
-        from mllama_jax.generation import generate
+        """Continues prompts, with or without pictures; see `mllama_jax.generation`."""
+        from mllama_jax.generation.generate import generate
 
         return generate(self, params, input_ids, **inputs)
 

@@ -3,7 +3,10 @@
 import pytest
 from jaxtyping import install_import_hook
 
-CHECKED = ("attention", "decoder", "decoding", "layers", "loss", "masks", "rope", "sampling")
+CHECKED = (
+    *("attention", "decoder", "layers", "loss", "masks", "rope"),
+    *("generation.decoding", "generation.sampling"),
+)
 
 install_import_hook([f"mllama_jax.{module}" for module in CHECKED], "beartype.beartype")
 

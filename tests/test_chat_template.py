@@ -14,15 +14,15 @@ from transformers import PreTrainedTokenizerFast
 from word_tokenizer import word_tokenizer
 
 from mllama_jax import MllamaTokenizer
-from mllama_jax.chat_template import (
+from mllama_jax.processing.chat_template import (
     choose_template,
     read_chat_templates,
     render_template,
     templates_by_name,
     write_chat_templates,
 )
-from mllama_jax.conversations import plain_data
-from mllama_jax.special_tokens import MARK, SpecialTokenEscape
+from mllama_jax.processing.conversations import plain_data
+from mllama_jax.processing.special_tokens import MARK, SpecialTokenEscape
 
 NO_ESCAPE = SpecialTokenEscape(())
 DATE = "26 Jul 2024"

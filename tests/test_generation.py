@@ -10,7 +10,7 @@ import pytest
 
 import mllama_jax as mj
 from mllama_jax import decoding
-from mllama_jax.generation import GenerateOutput
+from mllama_jax.generation.generate import GenerateOutput
 
 CONFIG = mj.MllamaConfig(
     text_config={

@@ -13,7 +13,7 @@ from etils import epath
 from PIL import Image
 
 from mllama_jax import image_loading
-from mllama_jax.image_loading import load_image, load_picture, nest_images
+from mllama_jax.processing.image_loading import load_image, load_picture, nest_images
 
 PIXELS_HWC = np.random.default_rng(1).integers(0, 256, (5, 7, 3), np.uint8)
 PICTURE = Image.fromarray(PIXELS_HWC)

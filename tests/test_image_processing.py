@@ -15,7 +15,7 @@ from transformers.models.mllama.image_processing_mllama import (
 )
 
 from mllama_jax import MllamaImageProcessor, MllamaVisionConfig
-from mllama_jax.batch_feature import BatchFeature
+from mllama_jax.processing.batch_feature import BatchFeature
 
 TILE = 28
 SIZE = {"height": TILE, "width": TILE}

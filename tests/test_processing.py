@@ -16,7 +16,7 @@ from transformers import AutoProcessor
 from word_tokenizer import word_tokenizer
 
 from mllama_jax import MllamaImageProcessor, MllamaProcessor, MllamaTokenizer
-from mllama_jax.prompt_images import image_spans
+from mllama_jax.processing.prompt_images import image_spans
 
 HAIKU = "<|image|>If I had to write a haiku for this one"
 HAIKU_IDS = [128256, 128000, 2746, 358, 1047, 311, 3350, 264, 6520, 39342, 369, 420, 832]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mllama_jax.sampling import (
+from mllama_jax.generation.sampling import (
     SamplingParams,
     apply_min_p,
     apply_temperature,

@@ -5,7 +5,7 @@ import pytest
 from transformers.models.mllama import image_processing_mllama as hf
 
 from mllama_jax import MllamaVisionConfig
-from mllama_jax.tiling import (
+from mllama_jax.processing.tiling import (
     aspect_ratio_ids,
     aspect_ratio_mask,
     fit_to_canvas,

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from word_tokenizer import word_tokenizer
 
 from mllama_jax import MllamaTokenizer
-from mllama_jax.padding import as_arrays
-from mllama_jax.special_tokens import MARK
+from mllama_jax.processing.padding import as_arrays
+from mllama_jax.processing.special_tokens import MARK
 
 HAIKU = "<|image|>If I had to write a haiku for this one"
 HAIKU_IDS = [128256, 2746, 358, 1047, 311, 3350, 264, 6520, 39342, 369, 420, 832]

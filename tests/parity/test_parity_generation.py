@@ -10,7 +10,7 @@ import torch
 from hf_reference import Batch, Pair
 from transformers import PreTrainedTokenizerFast
 
-from mllama_jax.generation import GenerateOutput
+from mllama_jax.generation.generate import GenerateOutput
 
 NEW = 20
 

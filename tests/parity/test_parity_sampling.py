@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.generation import logits_process
 
-from mllama_jax.sampling import apply_min_p, apply_temperature, apply_top_k, apply_top_p
+from mllama_jax.generation.sampling import apply_min_p, apply_temperature, apply_top_k, apply_top_p
 
 ROWS, VOCABULARY = 6, 211
 

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from mllama_jax.image_arrays import value_table
-from mllama_jax.image_loading import load_picture
-from mllama_jax.tiling import Arrangement, fit_to_canvas, optimal_canvas, write_tiles
+from mllama_jax.processing.image_arrays import value_table
+from mllama_jax.processing.image_loading import load_picture
+from mllama_jax.processing.tiling import Arrangement, fit_to_canvas, optimal_canvas, write_tiles
 
 
 class FittedImage(NamedTuple):

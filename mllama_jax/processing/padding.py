@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mllama_jax.batch_feature import BatchFeature
+from mllama_jax.processing.batch_feature import BatchFeature
 
 NO_LIMIT = int(1e30)
 """The length limit that tokenizer files state when there is none."""

@@ -16,7 +16,7 @@ from etils import epath
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from mllama_jax.special_tokens import SpecialTokenEscape
+from mllama_jax.processing.special_tokens import SpecialTokenEscape
 
 ChatTemplates = str | dict[str, str]
 """One template, or several by name."""

@@ -8,28 +8,33 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from etils import epath
 
-from mllama_jax.batch_feature import BatchFeature
-from mllama_jax.chat_template import (
+from mllama_jax.hub import local_folder
+from mllama_jax.processing.batch_feature import BatchFeature
+from mllama_jax.processing.chat_template import (
     choose_template,
     cut_behind_last_text,
     render_template,
     templates_by_name,
     write_chat_templates,
 )
-from mllama_jax.conversations import (
+from mllama_jax.processing.conversations import (
     Message,
     as_conversations,
     pictures_of,
     plain_data,
     plain_messages,
 )
-from mllama_jax.hub import local_folder
-from mllama_jax.image_processing import CONFIG_NAME, MllamaImageProcessor
-from mllama_jax.padding import as_arrays
-from mllama_jax.processor_options import argument_names, check_names, sort_options, split_options
-from mllama_jax.prompt_images import cross_attention_mask, deal_images, image_spans
-from mllama_jax.tokenizer import MllamaTokenizer, check_texts
-from mllama_jax.tokenizer_files import TOKENIZER_FILES, write_json
+from mllama_jax.processing.image_processor import CONFIG_NAME, MllamaImageProcessor
+from mllama_jax.processing.padding import as_arrays
+from mllama_jax.processing.processor_options import (
+    argument_names,
+    check_names,
+    sort_options,
+    split_options,
+)
+from mllama_jax.processing.prompt_images import cross_attention_mask, deal_images, image_spans
+from mllama_jax.processing.tokenizer import MllamaTokenizer, check_texts
+from mllama_jax.processing.tokenizer_files import TOKENIZER_FILES, write_json
 
 _CONFIG_NAME = "processor_config.json"
 
@@ -154,7 +159,7 @@ class MllamaProcessor:
         Args:
             images: one image; a list of images, dealt out to the texts in order by their image
                 tokens; or a list of lists, one for each text, that may be empty.
-                `mllama_jax.image_loading.load_picture` says what an image may be.
+                `mllama_jax.processing.image_loading.load_picture` says what an image may be.
             text: one prompt or a list of prompts, with an image token for each image.
             images_kwargs: options of `MllamaImageProcessor.preprocess`.
             text_kwargs: options of `MllamaTokenizer.__call__`. Truncation never cuts off images:
@@ -285,9 +290,9 @@ class MllamaProcessor:
     ) -> Any:
         """The prompt that the checkpoint's chat template makes of a conversation.
 
-        Special tokens spelled in the conversation are escaped (see `mllama_jax.special_tokens`),
-        so they are encoded as text, here and if the prompt is passed to the processor. Images are
-        real image tokens.
+        Special tokens spelled in the conversation are escaped (see `special_tokens`), so they are
+        encoded as text, here and if the prompt is passed to the processor. Images are real image
+        tokens.
 
         Args:
             conversation: messages, `{"role": …, "content": …}`, where content is text or a list

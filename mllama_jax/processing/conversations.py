@@ -5,7 +5,7 @@ import binascii
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mllama_jax.special_tokens import SpecialTokenEscape
+from mllama_jax.processing.special_tokens import SpecialTokenEscape
 
 Message = Mapping[str, Any]
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from mllama_jax.image_arrays import picture_of, to_channels_last, to_uint8
+from mllama_jax.processing.image_arrays import picture_of, to_channels_last, to_uint8
 
 MAX_PIXELS = 2**27
 """Largest picture read from a file, in pixels (134 million, 512 MiB once decoded).

@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 from tokenizers import AddedToken, Tokenizer
 
-from mllama_jax.chat_template import (
+from mllama_jax.processing.chat_template import (
     TEMPLATE_FILES,
     ChatTemplates,
     read_chat_templates,

@@ -9,13 +9,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mllama_jax.decoding import DecodeState, Rules, decode, prefill
-from mllama_jax.generation_config import DEFAULT_MAX_LENGTH, GenerationConfig, check_options
-from mllama_jax.generation_inputs import Text, check_images, check_text, make_prompt
+from mllama_jax.generation.config import DEFAULT_MAX_LENGTH, GenerationConfig, check_options
+from mllama_jax.generation.decoding import DecodeState, Rules, decode, prefill
+from mllama_jax.generation.inputs import Text, check_images, check_text, make_prompt
+from mllama_jax.generation.sampling import SamplingParams, row_keys
+from mllama_jax.generation.streaming import Decoder, Listener
 from mllama_jax.pretrained import Params
-from mllama_jax.sampling import SamplingParams, row_keys
 from mllama_jax.shapes import Array, Float, Int
-from mllama_jax.streaming import Decoder, Listener
 from mllama_jax.text import GenerativeModule
 
 __all__ = ["TOKENS_PER_LOOK", "GenerateOutput", "generate"]
@@ -71,7 +71,7 @@ def generate(
 
     The arrays are what the processor returns, of numpy or JAX. A row's answer is the same alone and
     in any batch, whatever side it is padded on. Programs are compiled for a bounded set of prompt
-    lengths, cache sizes and image counts (`mllama_jax.decoding`), and for each batch size.
+    lengths, cache sizes and image counts (see `decoding`), and for each batch size.
 
     Args:
         model: `MllamaForConditionalGeneration`, or `MllamaForCausalLM` (which takes no pixels).

@@ -14,18 +14,23 @@ from etils import epath
 from flax.core import FrozenDict
 from PIL import Image
 
-from mllama_jax.batch_feature import BatchFeature
-from mllama_jax.image_arrays import (
+from mllama_jax.processing.batch_feature import BatchFeature
+from mllama_jax.processing.image_arrays import (
     channel_axis,
     picture_of,
     to_channels_last,
     to_layout,
     to_uint8,
 )
-from mllama_jax.image_checks import argument_problems, is_number
-from mllama_jax.image_fitting import FittedImage, fit_images, pack_images, resize_to_tiles
-from mllama_jax.image_loading import nest_images
-from mllama_jax.tiling import Arrangement, aspect_ratio_ids, aspect_ratio_mask
+from mllama_jax.processing.image_checks import argument_problems, is_number
+from mllama_jax.processing.image_fitting import (
+    FittedImage,
+    fit_images,
+    pack_images,
+    resize_to_tiles,
+)
+from mllama_jax.processing.image_loading import nest_images
+from mllama_jax.processing.tiling import Arrangement, aspect_ratio_ids, aspect_ratio_mask
 
 CONFIG_NAME = "preprocessor_config.json"
 
@@ -63,8 +68,8 @@ class MllamaImageProcessor:
           pictures are not taken for transparent, which made them white.
         - Paths, URLs of files, bytes, grey and RGBA arrays and samples without images are taken.
         - `do_convert_rgb` is obeyed per call and for arrays.
-        - Limits on the size of files (`mllama_jax.image_loading.MAX_PIXELS`) and errors, instead
-          of pictures silently wrong.
+        - Limits on the size of files (`image_loading.MAX_PIXELS`) and errors, instead of pictures
+          silently wrong.
 
     Source: transformers 4.54.1, image_processing_mllama.py: MllamaImageProcessor.
 
@@ -137,7 +142,7 @@ class MllamaImageProcessor:
             images: one image; a list of images (one sample); or a list of such lists (one for each
                 sample), in which samples may be empty. An array (N, height, width, channels) or
                 (N, channels, height, width) is a sample of N images, a list of such arrays a
-                batch. `mllama_jax.image_loading.load_picture` says what an image may be.
+                batch. `mllama_jax.processing.image_loading.load_picture` says what an image may be.
             input_data_format: layout of array images: "channels_first", "channels_last" or "none"
                 (height, width); None infers it from each array's shape.
             return_tensors: None or "np" for NumPy arrays, "jax" for JAX arrays.

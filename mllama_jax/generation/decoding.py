@@ -17,8 +17,8 @@ import numpy as np
 from flax import struct
 
 from mllama_jax.cache import MllamaCache
+from mllama_jax.generation.sampling import SamplingParams, sample
 from mllama_jax.pretrained import Params
-from mllama_jax.sampling import SamplingParams, sample
 from mllama_jax.shapes import Array, Bool, Float, Int
 
 __all__ = [

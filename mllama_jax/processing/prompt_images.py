@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from mllama_jax.image_loading import nest_images
+from mllama_jax.processing.image_loading import nest_images
 
 
 def deal_images(images: Any, texts: Sequence[str], image_token: str) -> list[list[Any]]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mllama_jax.configs import MllamaConfig, MllamaTextConfig
-from mllama_jax.decoding import (
+from mllama_jax.generation.decoding import (
     IMAGE_BUCKETS,
     LENGTH_BUCKETS,
     Prompt,

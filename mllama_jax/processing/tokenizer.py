@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from mllama_jax.batch_feature import BatchFeature
-from mllama_jax.chat_template import templates_by_name
 from mllama_jax.hub import local_folder
-from mllama_jax.padding import NO_LIMIT, Lengths, as_arrays, as_ids, check_side
-from mllama_jax.special_tokens import SpecialTokenEscape
-from mllama_jax.tokenizer_files import (
+from mllama_jax.processing.batch_feature import BatchFeature
+from mllama_jax.processing.chat_template import templates_by_name
+from mllama_jax.processing.padding import NO_LIMIT, Lengths, as_arrays, as_ids, check_side
+from mllama_jax.processing.special_tokens import SpecialTokenEscape
+from mllama_jax.processing.tokenizer_files import (
     TOKENIZER_FILES,
     add_tokens,
     read_tokenizer_files,
@@ -193,7 +193,7 @@ class MllamaTokenizer:
 
         For text from outside that becomes part of a raw prompt:
         `f"<|image|>{tokenizer.escape_special_tokens(question)}"`. The escape is invisible: see
-        `mllama_jax.special_tokens`. `apply_chat_template` does this by itself.
+        `mllama_jax.processing.special_tokens`. `apply_chat_template` does this by itself.
         """
         return self.escape.escape(text)
 

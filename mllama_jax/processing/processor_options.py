@@ -5,8 +5,8 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mllama_jax.image_processing import MllamaImageProcessor
-from mllama_jax.tokenizer import MllamaTokenizer
+from mllama_jax.processing.image_processor import MllamaImageProcessor
+from mllama_jax.processing.tokenizer import MllamaTokenizer
 
 
 def argument_names(function: Any, *, without: Iterable[str] = ()) -> tuple[str, ...]:

@@ -1,0 +1,1 @@
+"""Answers from a model: prefill, the compiled decode loop, sampling, stopping, streaming."""
