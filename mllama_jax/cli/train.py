@@ -1,0 +1,34 @@
+"""``mllama-jax train``: a training run described by a YAML file."""
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+def train(
+    config: tyro.conf.Positional[Path],
+    overrides: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="KEY=VALUE")
+    ] = (),
+    print_config: bool = False,
+) -> None:
+    """Train a model on conversations with pictures.
+
+    Started again with the same arguments, a run that was stopped goes on from its newest
+    checkpoint.
+
+    Args:
+        config: YAML file; --print-config shows every setting that it may hold.
+        overrides: settings that replace the file's, such as optimizer.learning_rate=2e-3.
+        print_config: only print the whole configuration, defaults included, as YAML.
+    """
+    from mllama_jax.train.config import load_config, to_yaml
+
+    settings = load_config(config, overrides)
+    if print_config:
+        print(to_yaml(settings), end="")
+        return
+    from mllama_jax.train.loop import train as run
+
+    run(settings)

@@ -1,0 +1,178 @@
+"""A training run from beginning to end; it reads from top to bottom."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+from etils import epath
+
+from mllama_jax.generation.config import GenerationConfig
+from mllama_jax.model import MllamaForConditionalGeneration
+from mllama_jax.pretrained import Params
+from mllama_jax.processing.processor import MllamaProcessor
+from mllama_jax.train.checkpoints import open_checkpoints
+from mllama_jax.train.config import TrainConfig, differences, to_yaml
+from mllama_jax.train.data import make_dataset
+from mllama_jax.train.evaluation import Score, answer_records, scores, table
+from mllama_jax.train.metrics import MetricsFile, Progress
+from mllama_jax.train.records import Record, read_records
+from mllama_jax.train.step import (
+    Metrics,
+    init_state,
+    learning_rates,
+    make_optimizer,
+    make_train_step,
+)
+
+
+def train(config: TrainConfig) -> list[Score]:
+    """Trains, or goes on from the newest checkpoint in ``config.output``; writes a model folder.
+
+    ``config.output`` gets config.yaml, metrics.jsonl, checkpoints/ and, at the end, model/: a
+    Hugging Face folder with weights, configuration, tokenizer, chat template, image processor
+    settings and generation settings. The same configuration gives the same model, however often
+    the run was stopped and started again.
+
+    Returns:
+        The scores on the held-out questions, empty if there are none.
+
+    Raises:
+        FileNotFoundError, ValueError: model, data or settings can't be used.
+        FloatingPointError: the loss is no finite number any more.
+    """
+    output = epath.Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    records = read_records(config.data.train)
+    held_out = read_records(config.data.held_out) if config.data.held_out else []
+    processor = MllamaProcessor.from_pretrained(config.model.path)
+    model, params = MllamaForConditionalGeneration.from_pretrained(
+        config.model.path,
+        dtype=config.model.dtype,
+        param_dtype=config.model.param_dtype,
+        attention=config.model.attention,
+    )
+    model = model.clone(remat=config.model.remat)
+
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    schedule = learning_rates(config.optimizer, config.steps)
+    train_step = make_train_step(model, optimizer, schedule)
+    state = init_state(params, optimizer, config.seed)
+    del params  # the state's from here on; the first step takes their memory over
+    batches = iter(
+        make_dataset(records, processor, config.data, steps=config.steps, seed=config.seed)
+    )
+
+    def evaluate(step: int) -> list[Score]:
+        answers = answer_records(model, state.params, processor, held_out, config.evaluation)
+        results = scores(answers)
+        log.evaluation(step, results)
+        return results
+
+    with (
+        open_checkpoints(output / "checkpoints", config.checkpoint) as checkpoints,
+        Progress(checkpoints.latest_step or 0, config.steps, config.data.batch_size) as progress,
+    ):
+        resumed = checkpoints.latest_step or 0
+        if resumed:
+            state = checkpoints.restore(state, batches)
+        progress.say(_opening(config, output, resumed, state.params, records, held_out))
+        (output / "config.yaml").write_text(to_yaml(config))
+        log = _Log(MetricsFile(output / "metrics.jsonl", resumed), progress)
+
+        for step, batch in enumerate(batches, start=resumed + 1):
+            state, metrics = train_step(state, jax.device_put(batch))
+            log.add(step, metrics)
+            last = step == config.steps
+            if step % config.log_every == 0 or last:
+                log.flush()
+            if step % config.checkpoint.every == 0 or last:
+                log.flush()  # a resumed run finds the numbers of all steps before it
+                checkpoints.save(state, batches)
+            if held_out and _is_due(step, config.evaluation.every) and not last:
+                evaluate(step)
+
+        results = evaluate(config.steps) if held_out else []
+        save_model(output / "model", model, state.params, processor)
+        progress.say(f"The model is in {output / 'model'}.")
+    return results
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+class _Log:
+    """Numbers of steps on their way to the file and the screen.
+
+    They wait on the device, so that no step is held up for being reported.
+    """
+
+    def __init__(self, file: MetricsFile, progress: Progress):
+        self._file = file
+        self._progress = progress
+        self._waiting: list[tuple[int, Metrics]] = []
+
+    def add(self, step: int, metrics: Metrics) -> None:
+        self._waiting.append((step, metrics))
+
+    def flush(self) -> None:
+        """Writes every waiting step and shows the last.
+
+        Raises:
+            FloatingPointError: a loss is no finite number.
+        """
+        if not self._waiting:
+            return
+        for step, metrics in jax.device_get(self._waiting):
+            numbers = {name: value.item() for name, value in metrics.items()}
+            self._file.write(step, numbers)
+            if not math.isfinite(numbers["loss"]):
+                raise FloatingPointError(
+                    f"step {step}: the loss is {numbers['loss']}. Lower optimizer.learning_rate "
+                    "or optimizer.max_grad_norm; the newest checkpoint is from before."
+                )
+        self._waiting.clear()
+        self._progress.report(step, numbers)
+
+    def evaluation(self, step: int, results: Sequence[Score]) -> None:
+        """Writes and shows the scores of an evaluation."""
+        self.flush()
+        accuracies = {f"accuracy/{score.kind}": score.accuracy for score in results}
+        self._file.write(step, accuracies)
+        self._progress.say(f"Held-out answers after step {step}:\n{table(results)}")
+
+
+def _opening(
+    config: TrainConfig,
+    output: epath.Path,
+    step: int,
+    params: Params,
+    records: Sequence[Record],
+    held_out: Sequence[Record],
+) -> str:
+    """What the run is about to do, for the reader of the screen."""
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    lines = [
+        f"{size:,} parameters, {len(records):,} conversations, {len(held_out):,} held out; "
+        f"{jax.device_count()} {jax.default_backend()} device(s)"
+    ]
+    if step:
+        lines.append(f"Going on from step {step} of {config.steps}.")
+        saved = output / "config.yaml"
+        if saved.exists():
+            changed = differences(saved.read_text(), config)
+            lines += [f"  changed since: {change}" for change in changed]
+    return "\n".join(lines)
+
+
+def save_model(
+    folder: epath.PathLike,
+    model: MllamaForConditionalGeneration,
+    params: Params,
+    processor: MllamaProcessor,
+) -> None:
+    """Writes all that a Hugging Face folder holds: what `from_pretrained` reads, here and there."""
+    model.save_pretrained(params, folder)
+    processor.save_pretrained(folder)
+    generation = model.generation_config or GenerationConfig.from_model_config(model.config)
+    generation.save_pretrained(folder)

@@ -1,0 +1,89 @@
+"""What a person watches: a progress line while training, and every step's numbers in a file."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+import tqdm
+from etils import epath
+
+Numbers = Mapping[str, float | int]
+
+
+class MetricsFile:
+    """JSON lines, each with its ``step``; what a run resumed earlier would repeat is dropped."""
+
+    def __init__(self, file: epath.PathLike, resumed_step: int):
+        """Args: the file, and the step that the run goes on from (0 starts the file anew)."""
+        self._file = epath.Path(file)
+        kept = []
+        if resumed_step and self._file.exists():
+            kept = [
+                line for line in self._file.read_text().splitlines() if _step(line) <= resumed_step
+            ]
+        self._file.write_text("".join(line + "\n" for line in kept))
+
+    def write(self, step: int, numbers: Numbers) -> None:
+        """Appends one line."""
+        with self._file.open("a") as out:
+            out.write(json.dumps({"step": step, **numbers}) + "\n")
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:  # the line that was being written when the run was stopped
+        return float("inf")
+
+
+class Progress:
+    """A bar on a terminal, plain lines anywhere else.
+
+    Use as a context manager around the steps. Speeds are of the steps since the last report.
+    """
+
+    def __init__(self, first_step: int, last_step: int, examples_per_step: int):
+        self._last_step = last_step
+        self._examples_per_step = examples_per_step
+        self._reported_step, self._reported_at = first_step, time.monotonic()
+        self._bar = (
+            tqdm.tqdm(total=last_step, initial=first_step, unit="step", dynamic_ncols=True)
+            if sys.stderr.isatty()
+            else None
+        )
+
+    def report(self, step: int, numbers: Numbers) -> None:
+        """Shows loss, learning rate, gradient norm and examples a second at `step`."""
+        now = time.monotonic()
+        steps = step - self._reported_step
+        speed = steps * self._examples_per_step / max(now - self._reported_at, 1e-9)
+        text = (
+            f"loss {numbers['loss']:.4f}  lr {numbers['learning_rate']:.2e}  "
+            f"grad {numbers['grad_norm']:.3f}  labels {numbers['labels']:.0f}  {speed:.1f} ex/s"
+        )
+        if self._bar is None:
+            print(f"step {step}/{self._last_step}  {text}", flush=True)
+        else:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
+        self._reported_step, self._reported_at = step, now
+
+    def say(self, text: str) -> None:
+        """Prints something between the progress lines, and leaves its time out of the speed."""
+        tqdm.tqdm.write(text) if self._bar is not None else print(text, flush=True)
+        self._reported_at = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,107 @@
+"""One training step: loss, gradients, AdamW. Pure functions over one state."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from mllama_jax.loss import IGNORED_LABEL
+from mllama_jax.shapes import Array
+from mllama_jax.train.config import OptimizerConfig
+
+Params = Any
+Batch = dict[str, Array]
+Metrics = dict[str, Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that changes from step to step on the device.
+
+    ``step`` counts the updates made (int32 scalar); ``rng`` is a key that steps draw from.
+    """
+
+    step: Array
+    params: Params
+    opt_state: optax.OptState
+    rng: Array
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """The state before the first step."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        rng=jax.random.key(seed),
+    )
+
+
+def learning_rates(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up from 0 to the peak, then a cosine down to ``final_fraction`` of it."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if config.warmup_steps else config.learning_rate,
+        peak_value=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        decay_steps=steps,
+        end_value=config.learning_rate * config.final_fraction,
+    )
+
+
+def decayed(params: Params) -> Params:
+    """True for the parameters under weight decay: kernels.
+
+    Norms, biases, gates and embeddings (token, class, position and tile) are left alone.
+    """
+    return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """AdamW behind a clip of the global gradient norm."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.adamw(
+            learning_rates(config, steps),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=decayed,
+        ),
+    )
+
+
+def make_train_step(
+    model: Any, optimizer: optax.GradientTransformation, schedule: optax.Schedule
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The jitted ``(state, batch) -> (state, metrics)``; the given state's memory is taken over.
+
+    A batch holds the model's inputs and ``labels``. Metrics are float32 scalars, except
+    ``labels``: ``loss`` is the mean over the labels that count, ``labels`` their number (int32),
+    ``grad_norm`` the global norm before clipping, ``learning_rate`` what this step used.
+    """
+
+    def loss_of(params: Params, batch: Batch) -> Array:
+        return model.apply({"params": params}, **batch, use_cache=False).loss
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        loss, grads = jax.value_and_grad(loss_of)(state.params, batch)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics = {
+            "loss": loss,
+            # The first token has no predecessor to be predicted from.
+            "labels": (batch["labels"][:, 1:] != IGNORED_LABEL).sum(),
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+        }
+        new_state = state.replace(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            opt_state=opt_state,
+        )
+        return new_state, metrics
+
+    return jax.jit(train_step, donate_argnums=0)
