@@ -12,7 +12,7 @@ demo: $(VENV)/.installed  ## watch the example model read pictures and answer qu
 	$(BIN)/mllama-jax demo
 
 test: $(VENV)/.installed-dev  ## run the test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.installed-dev  ## check style and types
 	$(BIN)/ruff check .

@@ -63,12 +63,7 @@ def generate(
     module, params = mj.MllamaForConditionalGeneration.from_pretrained(
         model, dtype=dtype, attention=attention, revision=revision
     )
-    options: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
-    if temperature == 0:
-        options = {"do_sample": False}
-    elif temperature is not None:
-        options |= {"do_sample": True, "temperature": temperature}
-    options = {name: value for name, value in options.items() if value is not None}
+    options = _sampling_options(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     if stop:
         options["stop_strings"] = stop
 
@@ -89,6 +84,19 @@ def generate(
     else:
         new = generated.sequences[0, inputs["input_ids"].shape[1] :]
         print(processor.decode(new, skip_special_tokens=True))
+
+
+def _sampling_options(**given: float | None) -> dict[str, Any]:
+    """What was asked for; any of it means a draw, but for temperature 0."""
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if options.get("temperature") == 0:
+        if len(options) > 1:
+            raise ValueError(
+                "--temperature 0 takes the most likely token, so it excludes "
+                + " and ".join(f"--{n.replace('_', '-')}" for n in options if n != "temperature")
+            )
+        return {"do_sample": False}
+    return {**options, "do_sample": True} if options else {}
 
 
 def _chat_inputs(

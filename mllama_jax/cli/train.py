@@ -1,5 +1,6 @@
 """``mllama-jax train``: a training run described by a YAML file."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -31,4 +32,7 @@ def train(
         return
     from mllama_jax.train.loop import train as run
 
-    run(settings)
+    try:
+        run(settings)
+    except FloatingPointError as error:  # the message says all; main() knows only bad input
+        sys.exit(f"mllama-jax: {error}")
