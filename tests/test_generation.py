@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import mllama_jax as mj
-from mllama_jax import decoding
+from mllama_jax.generation import decoding
 from mllama_jax.generation.generate import GenerateOutput
 
 CONFIG = mj.MllamaConfig(

@@ -12,7 +12,7 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from mllama_jax import image_loading
+from mllama_jax.processing import image_loading
 from mllama_jax.processing.image_loading import load_image, load_picture, nest_images
 
 PIXELS_HWC = np.random.default_rng(1).integers(0, 256, (5, 7, 3), np.uint8)
