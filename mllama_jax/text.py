@@ -12,10 +12,19 @@ from etils import epath
 from mllama_jax.cache import LegacyCache, MllamaCache
 from mllama_jax.configs import MllamaConfig, MllamaTextConfig
 from mllama_jax.decoder import DecoderInputs, DecoderUnit, unstack_layers
+from mllama_jax.decoder_inputs import (
+    batch_and_length,
+    check_cache,
+    check_shape,
+    features_of_samples,
+    tile_mask,
+    valid_slots,
+    with_room_for_images,
+)
 from mllama_jax.generation.config import GenerationConfig
 from mllama_jax.layers import RMSNorm, logical, projection
 from mllama_jax.loss import cross_entropy, shift_labels
-from mllama_jax.masks import CausalMask, TileMask
+from mllama_jax.masks import CausalMask
 from mllama_jax.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from mllama_jax.pretrained import Params, PretrainedModule
 from mllama_jax.rope import inverse_frequencies, rotary_table
@@ -179,10 +188,10 @@ class MllamaTextModel(DecoderModule):
         config = self.text_config
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
-        B, T = _batch_and_length(input_ids, inputs_embeds, config)
-        _check_shape("position_ids", position_ids, (B, T), (1, T))
-        _check_shape("cache_position", cache_position, (T,))
-        _check_shape("full_text_row_masked_out_mask", full_text_row_masked_out_mask, (B, 1, T, 1))
+        B, T = batch_and_length(input_ids, inputs_embeds, config)
+        check_shape("position_ids", position_ids, (B, T), (1, T))
+        check_shape("cache_position", cache_position, (T,))
+        check_shape("full_text_row_masked_out_mask", full_text_row_masked_out_mask, (B, 1, T, 1))
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         x_BTD = x_BTD.astype(self.dtype)
         use_cache = config.use_cache if use_cache is None else use_cache
@@ -195,25 +204,25 @@ class MllamaTextModel(DecoderModule):
             cache = past_key_values
         if cache is not None:
             start = cache.length if cache_position is None else cache_position[0]
-            _check_cache(cache, B, T, start)
+            check_cache(cache, B, T, start)
         else:
-            _check_shape("attention_mask", attention_mask, (B, T))
+            check_shape("attention_mask", attention_mask, (B, T))
         positions_T = start + jnp.arange(T) if cache_position is None else cache_position
         if position_ids is None:
             position_ids = positions_T[None]
         cos, sin = rotary_table(position_ids, inverse_frequencies(config))
 
         if cross_attention_states is not None:
-            cross_attention_states = _features_of_samples(cross_attention_states, B, config)
+            cross_attention_states = features_of_samples(cross_attention_states, B, config)
             num_image_tokens = cross_attention_states.shape[1]
         else:
             num_image_tokens = 0 if cache is None else cache.num_image_tokens
         if cache is None and use_cache:
             cache = self.init_cache(B, T)
         if cache is not None and cross_attention_states is not None:
-            cache = _with_room_for_images(cache, config, num_image_tokens)
+            cache = with_room_for_images(cache, config, num_image_tokens)
 
-        cross_mask, sees_image_BT = _cross_mask(
+        cross_mask, sees_image_BT = tile_mask(
             cross_attention_mask, B, T, num_image_tokens, cache_position, self.hf_masked_rows
         )
         if full_text_row_masked_out_mask is not None:
@@ -222,7 +231,7 @@ class MllamaTextModel(DecoderModule):
         inputs = DecoderInputs(
             cos=cos,
             sin=sin,
-            mask=CausalMask(start + jnp.arange(T), _valid_slots(attention_mask, B, num_slots)),
+            mask=CausalMask(start + jnp.arange(T), valid_slots(attention_mask, B, num_slots)),
             start=start,
             cross_attention_states=cross_attention_states,
             cross_mask=cross_mask,
@@ -339,104 +348,3 @@ class MllamaForCausalLM(GenerativeModule):
             loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions
         )
         return output.to_tuple() if return_dict is False else output
-
-
-def _batch_and_length(
-    input_ids: Array | None, inputs_embeds: Array | None, config: MllamaTextConfig
-) -> tuple[int, int]:
-    if input_ids is not None:
-        if input_ids.ndim != 2:
-            raise ValueError(f"input_ids has shape {input_ids.shape}, expected (batch, tokens)")
-        return input_ids.shape[0], input_ids.shape[1]
-    assert inputs_embeds is not None
-    if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != config.hidden_size:
-        raise ValueError(
-            f"inputs_embeds has shape {inputs_embeds.shape}, expected (batch, tokens, "
-            f"hidden_size={config.hidden_size})"
-        )
-    return inputs_embeds.shape[0], inputs_embeds.shape[1]
-
-
-def _check_shape(name: str, array: Array | None, *allowed: tuple[int, ...]) -> None:
-    if array is not None and array.shape not in allowed:
-        expected = " or ".join(map(str, allowed))
-        raise ValueError(f"{name} has shape {array.shape}, expected {expected}")
-
-
-def _check_cache(cache: MllamaCache, batch_size: int, length: int, start: Array) -> None:
-    if cache.keys.shape[1] != batch_size:
-        raise ValueError(
-            f"past_key_values holds {cache.keys.shape[1]} samples, the inputs {batch_size}"
-        )
-    used = 0 if isinstance(start, jax.core.Tracer) else int(start)
-    if used + length > cache.max_length:
-        raise ValueError(
-            f"past_key_values has {cache.max_length} slots; {used} are used and {length} more are "
-            "needed: make it larger (init_cache)"
-        )
-
-
-def _features_of_samples(states: Array, batch_size: int, config: MllamaTextConfig) -> Array:
-    if states.ndim < 3 or states.shape[0] % batch_size or states.shape[-1] != config.hidden_size:
-        raise ValueError(
-            f"cross_attention_states has shape {states.shape}, expected (batch={batch_size}, image "
-            f"tokens, hidden_size={config.hidden_size}) or (batch * images * tiles, patches, "
-            "hidden_size)"
-        )
-    return states.reshape(batch_size, -1, config.hidden_size)
-
-
-def _with_room_for_images(
-    cache: MllamaCache, config: MllamaTextConfig, num_image_tokens: int
-) -> MllamaCache:
-    if cache.num_image_tokens == num_image_tokens:
-        return cache
-    if cache.num_image_tokens:
-        raise ValueError(
-            f"past_key_values holds {cache.num_image_tokens} image tokens a sample, the new images "
-            f"have {num_image_tokens}: images are given once, at the start"
-        )
-    room = MllamaCache.create(config, cache.keys.shape[1], 0, num_image_tokens, cache.keys.dtype)
-    return dataclasses.replace(cache, cross_keys=room.cross_keys, cross_values=room.cross_values)
-
-
-def _valid_slots(attention_mask: Array | None, batch_size: int, num_slots: int) -> Array:
-    if attention_mask is None:
-        return jnp.ones((batch_size, num_slots), bool)
-    if attention_mask.ndim != 2 or attention_mask.shape[0] != batch_size:
-        raise ValueError(
-            f"attention_mask has shape {attention_mask.shape}, expected (batch={batch_size}, "
-            "tokens)"
-        )
-    missing = num_slots - attention_mask.shape[1]
-    if missing < 0:
-        raise ValueError(
-            f"attention_mask covers {attention_mask.shape[1]} tokens, there are {num_slots} slots"
-        )
-    return jnp.pad(attention_mask != 0, ((0, 0), (0, missing)), constant_values=True)
-
-
-def _cross_mask(
-    mask: Array | None,
-    batch_size: int,
-    length: int,
-    num_image_tokens: int,
-    cache_position: Array | None,
-    hf_masked_rows: bool,
-) -> tuple[TileMask | None, Array | None]:
-    """The tile mask of the layers, and which tokens may attend to some tile."""
-    if mask is None or num_image_tokens == 0:
-        return None, None
-    if mask.ndim == 4 and mask.shape[1] != length and cache_position is not None:
-        mask = mask[:, cache_position]
-    num_tiles = mask.shape[-1] * mask.shape[-2] if mask.ndim == 4 else 0
-    if mask.shape[:2] != (batch_size, length) or not num_tiles or num_image_tokens % num_tiles:
-        raise ValueError(
-            f"cross_attention_mask has shape {mask.shape}, expected (batch={batch_size}, tokens="
-            f"{length}, images, tiles) with {num_image_tokens} image tokens a sample"
-        )
-    tiles_BTL = mask.reshape(batch_size, length, num_tiles) != 0
-    sees_image_BT = tiles_BTL.any(-1)
-    if hf_masked_rows:
-        tiles_BTL = tiles_BTL | ~sees_image_BT[..., None]
-    return TileMask(tiles_BTL, num_image_tokens // num_tiles), sees_image_BT
