@@ -1,7 +1,7 @@
 """Asks the model every held-out question and prints how many answers of each kind are right.
 
-    python examples/digits/make_data.py        # draws the held-out pictures, among others
-    python examples/digits/evaluate.py
+python examples/digits/make_data.py        # draws the held-out pictures, among others
+python examples/digits/evaluate.py
 """
 
 from dataclasses import dataclass
