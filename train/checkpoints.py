@@ -6,10 +6,11 @@ from contextlib import contextmanager
 import grain
 import jax
 from etils import epath
+from flax.traverse_util import flatten_dict
 from orbax.checkpoint import v1 as ocp
 
 from mllama_jax.train.config import CheckpointConfig
-from mllama_jax.train.step import TrainState
+from mllama_jax.train.step import Params, TrainState
 
 
 class Checkpoints:
@@ -40,7 +41,11 @@ class Checkpoints:
         Args:
             state: of the same shapes, dtypes and sharding; only these are looked at.
             data: an iterator over the same data set, made with the same settings.
+
+        Raises:
+            ValueError: the checkpoint is of another model.
         """
+        self._check(state.params)
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
         )
@@ -48,6 +53,24 @@ class Checkpoints:
             self.latest_step, {"state": abstract, "data": data}
         )
         return found["state"]
+
+    def _check(self, params: Params) -> None:
+        folder = self._checkpointer.directory / str(self.latest_step)
+        saved = ocp.metadata(folder, checkpointable_name="state").metadata
+        found, expected = (
+            {path: leaf.shape for path, leaf in flatten_dict(tree, sep="/").items()}
+            for tree in (saved["params"], params)
+        )
+        differing = [
+            f"{path}: {found.get(path, 'absent')}, expected {expected.get(path, 'none')}"
+            for path in sorted({*found, *expected})
+            if found.get(path) != expected.get(path)
+        ]
+        if differing:
+            raise ValueError(
+                f"{folder} is a checkpoint of another model; give this run another output. "
+                "Parameters that differ:\n  " + "\n  ".join(differing)
+            )
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,24 @@ from typing import Any
 import omegaconf
 from etils import epath
 from omegaconf import MISSING, OmegaConf
+
+from mllama_jax.attention import ATTENTION_KINDS
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "model.dtype": _DTYPES,
+    "model.param_dtype": _DTYPES,
+    "model.attention": ATTENTION_KINDS,
+}
+_TYPE_NAMES: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    int | None: "a whole number or null",
+    str | None: "text or null",
+    tuple[int, ...]: "a list of whole numbers",
+}
 
 
 class ConfigError(ValueError):
@@ -43,6 +62,9 @@ class DataConfig:
     """Lengths in tokens that batches are padded to: one compiled program for each that occurs."""
     threads: int = 2
     """Threads that prepare examples ahead of the model."""
+    date_string: str = "26 Jul 2024"
+    """Today's date for chat templates that tell it. The real one would make every day's run
+    another."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +81,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
-    """Gradients with a larger global norm are scaled down to it."""
+    """Gradients with a larger global norm are scaled down to it; .inf leaves all as they are."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +140,7 @@ def load_config(file: epath.PathLike, overrides: Sequence[str] = ()) -> TrainCon
 
     Raises:
         ConfigError: unknown keys (with the nearest known one), values of the wrong type or out
-            of range, required keys left out; those of one kind together.
+            of range, required keys left out. Problems of one kind come together.
         FileNotFoundError: there is no such file.
     """
     file = epath.Path(file)
@@ -132,18 +154,17 @@ def load_config(file: epath.PathLike, overrides: Sequence[str] = ()) -> TrainCon
     ]
     if problems:
         raise ConfigError("The configuration can't be read:\n  " + "\n  ".join(problems))
-    config = OmegaConf.structured(TrainConfig)
-    for source, values in sources:
-        try:
-            config = OmegaConf.merge(config, values)
-        except omegaconf.errors.OmegaConfBaseException as error:
-            key = getattr(error, "full_key", None)
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"{source}: {key or 'the value'}: {reason}") from error
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise ConfigError(f"{file}: required but not given: {', '.join(missing)}")
-    return OmegaConf.to_object(config)
+    config, problems = _merged(sources)
+    if problems:
+        raise ConfigError("The configuration can't be read:\n  " + "\n  ".join(problems))
+    try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise ConfigError(f"{file}: required but not given: {', '.join(missing)}")
+        return OmegaConf.to_object(config)
+    except omegaconf.errors.OmegaConfBaseException as error:  # an interpolation, ${...}
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{file}: {error.full_key}: {reason}") from error
 
 
 def to_yaml(config: TrainConfig) -> str:
@@ -181,6 +202,22 @@ def _parse_word(word: str) -> Mapping:
         raise ConfigError(f"{word!r}: the value is not readable as YAML: {error}") from error
 
 
+def _merged(sources: Sequence[tuple[str, Mapping]]) -> tuple[Any, list[str]]:
+    """The sources' values, later ones on top, and what is wrong with those of another type."""
+    types = dict(_known(TrainConfig))
+    config, problems = OmegaConf.structured(TrainConfig), []
+    for source, values in sources:
+        for key, value in _flatten(values).items():
+            nested = value
+            for part in reversed(key.split(".")):
+                nested = {part: nested}
+            try:
+                config = OmegaConf.merge(config, nested)
+            except (omegaconf.errors.OmegaConfBaseException, TypeError):
+                problems.append(f"{source}: {key} is {value!r}; expected {_TYPE_NAMES[types[key]]}")
+    return config, problems
+
+
 def _flatten(values: Mapping, prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
@@ -191,11 +228,12 @@ def _flatten(values: Mapping, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _known_keys(schema: type, prefix: str = "") -> Iterator[str]:
+def _known(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key, sections among them, with its type."""
     for item in dataclasses.fields(schema):
-        yield prefix + item.name
+        yield prefix + item.name, item.type
         if dataclasses.is_dataclass(item.type):
-            yield from _known_keys(item.type, f"{prefix}{item.name}.")
+            yield from _known(item.type, f"{prefix}{item.name}.")
 
 
 def _key_problems(schema: type, values: Mapping, prefix: str = "") -> Iterator[str]:
@@ -204,7 +242,8 @@ def _key_problems(schema: type, values: Mapping, prefix: str = "") -> Iterator[s
         if key not in fields:
             yield f"unknown key {f'{prefix}{key}'!r}{_suggestion(f'{prefix}{key}')}"
         elif not dataclasses.is_dataclass(fields[key]):
-            continue
+            if isinstance(value, Mapping):
+                yield f"{prefix}{key} is {value!r}; expected {_TYPE_NAMES[fields[key]]}"
         elif isinstance(value, Mapping):
             yield from _key_problems(fields[key], value, f"{prefix}{key}.")
         else:
@@ -213,7 +252,7 @@ def _key_problems(schema: type, values: Mapping, prefix: str = "") -> Iterator[s
 
 
 def _suggestion(key: str) -> str:
-    known = list(_known_keys(TrainConfig))
+    known = [name for name, _ in _known(TrainConfig)]
     # A right name in the wrong place is told from a misspelt one.
     same_name = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
     found = same_name or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
@@ -239,9 +278,17 @@ def _range_problems(config: TrainConfig) -> Iterator[str]:
     for key in positive:
         if not values[key] > 0:
             yield f"{key}={values[key]!r}: expected a number above 0"
+    for key in ("optimizer.learning_rate", "optimizer.eps", "optimizer.weight_decay"):
+        if values[key] == math.inf:
+            yield f"{key}={values[key]!r}: expected a finite number"
     for key in not_negative:
         if not values[key] >= 0:
             yield f"{key}={values[key]!r}: expected 0 or more"
+    if values["seed"] >= 2**32:
+        yield f"seed={values['seed']!r}: expected a number below 2**32"
+    for key, choices in _CHOICES.items():
+        if values[key] not in choices:
+            yield f"{key}={values[key]!r}: expected {' or '.join(choices)}"
     for key in ("optimizer.b1", "optimizer.b2"):
         if not 0 <= values[key] < 1:
             yield f"{key}={values[key]!r}: expected at least 0 and below 1"

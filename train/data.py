@@ -67,14 +67,23 @@ class Collator:
     assistant's answers, each with the tokens that end it, and -100 anywhere else.
     """
 
-    def __init__(self, processor: MllamaProcessor, lengths: Sequence[int]):
-        """Args: the processor, and the rising lengths in tokens that rows are padded to."""
+    def __init__(
+        self,
+        processor: MllamaProcessor,
+        lengths: Sequence[int],
+        date_string: str = DataConfig.date_string,
+    ):
+        """Args: the processor; the rising lengths in tokens that rows are padded to; today's date
+        for the chat template."""
         self._processor = processor
         self._lengths = tuple(lengths)
+        self._date_string = date_string
 
     def __call__(self, records: Sequence[Record]) -> HostBatch:
-        """Raises `DataError` for a record that is too long or whose answers can't be found."""
-        texts = [self._processor.apply_chat_template(list(record.messages)) for record in records]
+        """Raises `DataError` for a record that is too long, that the chat template does not write
+        with all its pictures, or whose answers can't be found or hold no tokens.
+        """
+        texts = [self._text(record) for record in records]
         features = self._processor(
             images=[list(record.images) for record in records],
             text=texts,
@@ -90,11 +99,39 @@ class Collator:
                 # Counted from the end: BOS may have been put in front.
                 span = slice(length - start, length - stop)
                 labels[row, span] = features["input_ids"][row, span]
+            if (labels[row] == IGNORED_LABEL).all():
+                raise DataError(
+                    f"{record.where}: there is nothing to learn: the assistant's answers are "
+                    "empty, and the chat template ends them with no token."
+                )
         return narrowed({**features, "labels": labels})
 
+    def _text(self, record: Record) -> str:
+        """The whole conversation."""
+        text = self._rendered(record, record.messages)
+        token = self._processor.image_token
+        if text.count(token) != len(record.images):
+            raise DataError(
+                f"{record.where}: the chat template writes {text.count(token)} {token} for "
+                f"{len(record.images)} pictures: {text!r}"
+            )
+        return text
+
+    def _rendered(self, record: Record, messages: Sequence[Any], **options: Any) -> str:
+        """Some of the record's messages, as the chat template writes them."""
+        try:
+            return self._processor.apply_chat_template(
+                list(messages), date_string=self._date_string, **options
+            )
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{record.where}: {error}") from error
+
     def _length_for(self, texts: Sequence[str], records: Sequence[Record]) -> int:
-        # One more than the text has, should the processor put BOS in front.
-        lengths = [len(self._encode(text)) + 1 for text in texts]
+        bos = self._processor.bos_token
+        # The processor puts BOS in front of a text without it.
+        lengths = [
+            len(self._encode(text)) + (bos is not None and bos not in text) for text in texts
+        ]
         too_long = [
             f"{record.where}: {length} tokens"
             for record, length in zip(records, lengths, strict=True)
@@ -124,7 +161,7 @@ class Collator:
                 (record.messages[: index + 1], False),
             ):
                 part = (
-                    self._processor.apply_chat_template(list(messages), add_generation_prompt=opens)
+                    self._rendered(record, messages, add_generation_prompt=opens)
                     if messages
                     else ""
                 )
@@ -165,7 +202,9 @@ def make_dataset(
     the very batches that would have come.
     """
     plan = BatchPlan(records, config.batch_size, steps, seed)
-    dataset = grain.MapDataset.source(plan).map(Collator(processor, config.lengths))
+    dataset = grain.MapDataset.source(plan).map(
+        Collator(processor, config.lengths, config.date_string)
+    )
     return dataset.to_iter_dataset(
         grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=2 * config.threads)
     )

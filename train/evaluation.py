@@ -8,8 +8,9 @@ import numpy as np
 
 from mllama_jax.model import MllamaForConditionalGeneration
 from mllama_jax.pretrained import Params
+from mllama_jax.processing.batch_feature import BatchFeature
 from mllama_jax.processing.processor import MllamaProcessor
-from mllama_jax.train.config import EvaluationConfig
+from mllama_jax.train.config import DataConfig, EvaluationConfig
 from mllama_jax.train.records import Record
 
 
@@ -32,10 +33,12 @@ def answer_records(
     processor: MllamaProcessor,
     records: Sequence[Record],
     config: EvaluationConfig,
+    date_string: str = DataConfig.date_string,
 ) -> list[Answer]:
     """The model's greedy answers to the records' questions, in the records' order.
 
-    Of more than `config.limit` records, so many are asked, evenly spread.
+    Of more than `config.limit` records, so many are asked, evenly spread. The chat template is told
+    that `date_string` is today's date.
     """
     asked = chosen(records, config.limit)
     # Equally many pictures stand together, so that few picture slots are padding.
@@ -45,7 +48,12 @@ def answer_records(
         batch = order[start : start + config.batch_size]
         # The last batch is filled up with one question again, for the sake of its shape.
         filled = batch + batch[-1:] * (config.batch_size - len(batch))
-        texts = _generate(model, params, processor, [asked[i] for i in filled], config)
+        inputs = _prompts(processor, [asked[i] for i in filled], date_string)
+        output = model.generate(
+            params, **inputs, do_sample=False, max_new_tokens=config.max_new_tokens
+        )
+        new = output.sequences[:, inputs["input_ids"].shape[1] :]
+        texts = [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
         for i, text in zip(batch, texts, strict=False):
             answers[i] = Answer(asked[i], text)
     return [answers[i] for i in range(len(asked))]
@@ -58,26 +66,17 @@ def chosen(records: Sequence[Record], limit: int | None) -> list[Record]:
     return [records[i] for i in np.linspace(0, len(records) - 1, limit).round().astype(int)]
 
 
-def _generate(
-    model: MllamaForConditionalGeneration,
-    params: Params,
-    processor: MllamaProcessor,
-    records: Sequence[Record],
-    config: EvaluationConfig,
-) -> list[str]:
-    prompts = [
-        processor.apply_chat_template(list(record.question), add_generation_prompt=True)
+def _prompts(
+    processor: MllamaProcessor, records: Sequence[Record], date_string: str
+) -> BatchFeature:
+    texts = [
+        processor.apply_chat_template(
+            list(record.question), add_generation_prompt=True, date_string=date_string
+        )
         for record in records
     ]
-    inputs = processor(
-        images=[list(record.images) for record in records],
-        text=prompts,
-        padding=True,
-        return_tensors="np",
-    )
-    output = model.generate(params, **inputs, do_sample=False, max_new_tokens=config.max_new_tokens)
-    new = output.sequences[:, inputs["input_ids"].shape[1] :]
-    return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+    images = [list(record.images) for record in records]
+    return processor(images=images, text=texts, padding=True, return_tensors="np")
 
 
 @dataclass(frozen=True)

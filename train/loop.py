@@ -14,14 +14,13 @@ from mllama_jax.train.checkpoints import open_checkpoints
 from mllama_jax.train.config import TrainConfig, differences, to_yaml
 from mllama_jax.train.data import make_dataset
 from mllama_jax.train.evaluation import Score, answer_records, scores, table
-from mllama_jax.train.metrics import MetricsFile, Progress
+from mllama_jax.train.metrics import MetricsFile, Progress, replace_text
 from mllama_jax.train.records import Record, read_records
 from mllama_jax.train.step import (
     Metrics,
     init_state,
-    learning_rates,
     make_optimizer,
-    make_train_step,
+    train_step,
 )
 
 
@@ -38,10 +37,9 @@ def train(config: TrainConfig) -> list[Score]:
 
     Raises:
         FileNotFoundError, ValueError: model, data or settings can't be used.
-        FloatingPointError: the loss is no finite number any more.
+        FloatingPointError: the loss or the gradients are no finite numbers any more.
     """
     output = epath.Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
     records = read_records(config.data.train)
     held_out = read_records(config.data.held_out) if config.data.held_out else []
     processor = MllamaProcessor.from_pretrained(config.model.path)
@@ -53,34 +51,53 @@ def train(config: TrainConfig) -> list[Score]:
     )
     model = model.clone(remat=config.model.remat)
 
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    schedule = learning_rates(config.optimizer, config.steps)
-    train_step = make_train_step(model, optimizer, schedule)
-    state = init_state(params, optimizer, config.seed)
+    state = init_state(params, make_optimizer(config.optimizer, config.steps), config.seed)
     del params  # the state's from here on; the first step takes their memory over
     batches = iter(
         make_dataset(records, processor, config.data, steps=config.steps, seed=config.seed)
     )
 
     def evaluate(step: int) -> list[Score]:
-        answers = answer_records(model, state.params, processor, held_out, config.evaluation)
+        log.flush()
+        answers = answer_records(
+            *(model, state.params, processor, held_out),
+            *(config.evaluation, config.data.date_string),
+        )
         results = scores(answers)
         log.evaluation(step, results)
         return results
 
+    def is_evaluated(step: int) -> bool:
+        every = config.evaluation.every
+        return bool(held_out) and every > 0 and step % every == 0
+
+    output.mkdir(parents=True, exist_ok=True)
     with (
         open_checkpoints(output / "checkpoints", config.checkpoint) as checkpoints,
         Progress(checkpoints.latest_step or 0, config.steps, config.data.batch_size) as progress,
     ):
         resumed = checkpoints.latest_step or 0
+        if resumed > config.steps:
+            raise ValueError(
+                f"{output}: its newest checkpoint is of step {resumed}, beyond steps="
+                f"{config.steps}. Raise steps, or give another output."
+            )
         if resumed:
             state = checkpoints.restore(state, batches)
         progress.say(_opening(config, output, resumed, state.params, records, held_out))
-        (output / "config.yaml").write_text(to_yaml(config))
+        replace_text(output / "config.yaml", to_yaml(config))
         log = _Log(MetricsFile(output / "metrics.jsonl", resumed), progress)
+        if 0 < resumed < config.steps and is_evaluated(resumed):
+            evaluate(resumed)  # as the checkpoint was written before it
 
         for step, batch in enumerate(batches, start=resumed + 1):
-            state, metrics = train_step(state, jax.device_put(batch))
+            state, metrics = train_step(
+                state,
+                jax.device_put(batch),
+                model=model,
+                config=config.optimizer,
+                steps=config.steps,
+            )
             log.add(step, metrics)
             last = step == config.steps
             if step % config.log_every == 0 or last:
@@ -88,17 +105,13 @@ def train(config: TrainConfig) -> list[Score]:
             if step % config.checkpoint.every == 0 or last:
                 log.flush()  # a resumed run finds the numbers of all steps before it
                 checkpoints.save(state, batches)
-            if held_out and _is_due(step, config.evaluation.every) and not last:
+            if is_evaluated(step) and not last:
                 evaluate(step)
 
         results = evaluate(config.steps) if held_out else []
         save_model(output / "model", model, state.params, processor)
         progress.say(f"The model is in {output / 'model'}.")
     return results
-
-
-def _is_due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
 
 
 class _Log:
@@ -119,24 +132,24 @@ class _Log:
         """Writes every waiting step and shows the last.
 
         Raises:
-            FloatingPointError: a loss is no finite number.
+            FloatingPointError: a loss or a gradient norm is no finite number.
         """
         if not self._waiting:
             return
         for step, metrics in jax.device_get(self._waiting):
             numbers = {name: value.item() for name, value in metrics.items()}
             self._file.write(step, numbers)
-            if not math.isfinite(numbers["loss"]):
-                raise FloatingPointError(
-                    f"step {step}: the loss is {numbers['loss']}. Lower optimizer.learning_rate "
-                    "or optimizer.max_grad_norm; the newest checkpoint is from before."
-                )
+            for name, called in (("loss", "the loss"), ("grad_norm", "the gradient norm")):
+                if not math.isfinite(numbers[name]):
+                    raise FloatingPointError(
+                        f"step {step}: {called} is {numbers[name]}. Lower optimizer.learning_rate "
+                        "or optimizer.max_grad_norm; the newest checkpoint is from before."
+                    )
         self._waiting.clear()
         self._progress.report(step, numbers)
 
     def evaluation(self, step: int, results: Sequence[Score]) -> None:
-        """Writes and shows the scores of an evaluation."""
-        self.flush()
+        """Writes and shows the scores of an evaluation; the steps before it are flushed."""
         accuracies = {f"accuracy/{score.kind}": score.accuracy for score in results}
         self._file.write(step, accuracies)
         self._progress.say(f"Held-out answers after step {step}:\n{table(results)}")
@@ -157,7 +170,11 @@ def _opening(
         f"{jax.device_count()} {jax.default_backend()} device(s)"
     ]
     if step:
-        lines.append(f"Going on from step {step} of {config.steps}.")
+        lines.append(
+            f"Going on from step {step} of {config.steps}."
+            if step < config.steps
+            else f"All {step} steps are done; what comes after them is done again."
+        )
         saved = output / "config.yaml"
         if saved.exists():
             changed = differences(saved.read_text(), config)

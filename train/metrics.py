@@ -14,17 +14,22 @@ Numbers = Mapping[str, float | int]
 
 
 class MetricsFile:
-    """JSON lines, each with its ``step``; what a run resumed earlier would repeat is dropped."""
+    """JSON lines, each with its ``step``: the numbers of training, and behind them those of an
+    evaluation if there was one."""
 
     def __init__(self, file: epath.PathLike, resumed_step: int):
-        """Args: the file, and the step that the run goes on from (0 starts the file anew)."""
+        """Drops what a run that goes on from `resumed_step` will write again.
+
+        That is all of later steps, and the evaluation of this one, which comes behind the
+        checkpoint; from step 0, everything.
+        """
         self._file = epath.Path(file)
         kept = []
         if resumed_step and self._file.exists():
             kept = [
-                line for line in self._file.read_text().splitlines() if _step(line) <= resumed_step
+                line for line in self._file.read_text().splitlines() if _is_kept(line, resumed_step)
             ]
-        self._file.write_text("".join(line + "\n" for line in kept))
+        replace_text(self._file, "".join(line + "\n" for line in kept))
 
     def write(self, step: int, numbers: Numbers) -> None:
         """Appends one line."""
@@ -32,11 +37,19 @@ class MetricsFile:
             out.write(json.dumps({"step": step, **numbers}) + "\n")
 
 
-def _step(line: str) -> float:
+def _is_kept(line: str, resumed_step: int) -> bool:
     try:
-        return json.loads(line)["step"]
+        numbers = json.loads(line)
     except ValueError:  # the line that was being written when the run was stopped
-        return float("inf")
+        return False
+    return numbers["step"] < resumed_step + ("loss" in numbers)
+
+
+def replace_text(file: epath.Path, text: str) -> None:
+    """Writes a file so that, killed at any moment, it holds the earlier text or the new one."""
+    unfinished = file.with_name(f".{file.name}.incomplete")
+    unfinished.write_text(text)
+    unfinished.replace(file)
 
 
 class Progress:

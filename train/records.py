@@ -67,7 +67,8 @@ def read_records(file: epath.PathLike) -> list[Record]:
         raise FileNotFoundError(f"There is no data file {str(file)!r}.")
     records, problems = [], []
     seen: dict[str, bool] = {}
-    for number, line in enumerate(file.read_text().splitlines(), start=1):
+    # Bytes: JSON may hold characters that str.splitlines would end a line at.
+    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         where = f"{file}:{number}"

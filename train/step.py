@@ -1,7 +1,6 @@
 """One training step: loss, gradients, AdamW. Pure functions over one state."""
 
-from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import flax.struct
 import jax
@@ -9,10 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from mllama_jax.loss import IGNORED_LABEL
+from mllama_jax.pretrained import Params, PretrainedModule
 from mllama_jax.shapes import Array
 from mllama_jax.train.config import OptimizerConfig
 
-Params = Any
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
 
@@ -74,34 +73,43 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     )
 
 
-def make_train_step(
-    model: Any, optimizer: optax.GradientTransformation, schedule: optax.Schedule
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The jitted ``(state, batch) -> (state, metrics)``; the given state's memory is taken over.
+@partial(jax.jit, static_argnames=("model", "config", "steps"), donate_argnames="state")
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    model: PretrainedModule,
+    config: OptimizerConfig,
+    steps: int,
+) -> tuple[TrainState, Metrics]:
+    """One update; the given state's memory is taken over.
 
-    A batch holds the model's inputs and ``labels``. Metrics are float32 scalars, except
-    ``labels``: ``loss`` is the mean over the labels that count, ``labels`` their number (int32),
-    ``grad_norm`` the global norm before clipping, ``learning_rate`` what this step used.
+    Args:
+        state: before the step.
+        batch: the model's inputs and ``labels`` (B, T), -100 where nothing is learned.
+        model, config, steps: the model, and what `make_optimizer` is given.
+
+    Returns:
+        The state after the step, and scalars: ``loss``, the mean over the labels that count;
+        ``labels``, their number (int32); ``grad_norm``, the global norm before clipping;
+        ``learning_rate``, what this step used.
     """
 
-    def loss_of(params: Params, batch: Batch) -> Array:
+    def loss_of(params: Params) -> Array:
         return model.apply({"params": params}, **batch, use_cache=False).loss
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        loss, grads = jax.value_and_grad(loss_of)(state.params, batch)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        metrics = {
-            "loss": loss,
-            # The first token has no predecessor to be predicted from.
-            "labels": (batch["labels"][:, 1:] != IGNORED_LABEL).sum(),
-            "grad_norm": optax.global_norm(grads),
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-        }
-        new_state = state.replace(
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            opt_state=opt_state,
-        )
-        return new_state, metrics
-
-    return jax.jit(train_step, donate_argnums=0)
+    loss, grads = jax.value_and_grad(loss_of)(state.params)
+    updates, opt_state = make_optimizer(config, steps).update(grads, state.opt_state, state.params)
+    metrics = {
+        "loss": loss,
+        # The first token has no predecessor to be predicted from.
+        "labels": (batch["labels"][:, 1:] != IGNORED_LABEL).sum(),
+        "grad_norm": optax.tree.norm(grads),
+        "learning_rate": jnp.asarray(learning_rates(config, steps)(state.step), jnp.float32),
+    }
+    new_state = state.replace(
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        opt_state=opt_state,
+    )
+    return new_state, metrics
