@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 
-_LAYER = re.compile(r"(?<=\blayers\.)\d+(?=\.)")
+_LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 Misshaped = tuple[str, tuple[int, ...], tuple[int, ...]]
 """Name, shape found, shape expected."""
@@ -26,7 +26,7 @@ def describe(
         other: (name, what is wrong with it).
     """
     lines: list[str] = []
-    missing_lines, unexpected_lines = _merged(missing), _merged(unexpected)
+    missing_lines, unexpected_lines = merged(missing), merged(unexpected)
     if missing:
         lines.append(f"missing ({len(missing)}):")
         lines += [f"  {name}{_nearest(name, unexpected_lines)}" for name in missing_lines]
@@ -35,34 +35,38 @@ def describe(
         lines += [f"  {name}" for name in unexpected_lines]
     if misshaped:
         lines.append(f"misshaped ({len(misshaped)}):")
-        lines += _merged_with(
+        lines += merged_with_remarks(
             (name, f": found {found}, expected {expected}") for name, found, expected in misshaped
         )
     if other:
         lines.append(f"unusable ({len(other)}):")
-        lines += _merged_with((name, f": {problem}") for name, problem in other)
+        lines += merged_with_remarks((name, f": {problem}") for name, problem in other)
     return "\n".join(lines)
 
 
-def _merged_with(pairs: Iterable[tuple[str, str]]) -> list[str]:
+def merged_with_remarks(pairs: Iterable[tuple[str, str]]) -> list[str]:
+    """Indented lines: names, merged where they share a remark, and the remark behind them."""
     by_remark: dict[str, list[str]] = {}
     for name, remark in pairs:
         by_remark.setdefault(remark, []).append(name)
-    return [f"  {name}{remark}" for remark, names in by_remark.items() for name in _merged(names)]
+    return [f"  {name}{remark}" for remark, names in by_remark.items() for name in merged(names)]
 
 
-def _merged(names: Iterable[str]) -> list[str]:
+def merged(names: Iterable[str]) -> list[str]:
     """Names that differ in the layer's number alone become one, in the order of their first."""
     layers: dict[str, list[int]] = {}
     for name in names:
         number = _LAYER.search(name)
-        layers.setdefault(_LAYER.sub("{}", name, count=1), []).extend(
-            [int(number[0])] if number else []
-        )
+        layers.setdefault(without_layer(name), []).extend([int(number[0])] if number else [])
     return [
         name.replace("{}", f"{{{_ranges(numbers)}}}" if len(numbers) > 1 else str(*numbers), 1)
         for name, numbers in layers.items()
     ]
+
+
+def without_layer(name: str) -> str:
+    """What `merged` goes by: a name with `{}` for the layer's number."""
+    return _LAYER.sub("{}", name, count=1)
 
 
 def _ranges(numbers: Iterable[int]) -> str:

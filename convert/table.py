@@ -23,6 +23,9 @@ import numpy as np
 
 from mllama_jax.configs import MllamaConfig, MllamaTextConfig, MllamaVisionConfig
 
+MAPPING_VERSION = 1
+"""Raised when the same checkpoint would become other values or another tree."""
+
 Component = Literal["model", "language_model", "text_model", "vision_model"]
 Config = MllamaConfig | MllamaTextConfig | MllamaVisionConfig
 Stack = Literal["vision", "vision global", "decoder", "decoder self", "decoder cross"]
@@ -333,6 +336,21 @@ def _shape(axes: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
         math.prod(1 if axis == "1" else sizes[axis] for axis in group.strip("()").split())
         for group in re.findall(r"\([^)]*\)|\S+", axes)
     )
+
+
+def part_config(config: Config, component: Component) -> Config:
+    """A component's own configuration, out of a whole model's if need be.
+
+    Raises:
+        TypeError: `config` has no such part.
+    """
+    if component == "vision_model":
+        return vision_config(config)
+    if component in ("language_model", "text_model"):
+        return text_config(config)
+    if not isinstance(config, MllamaConfig):
+        raise TypeError(f"expected MllamaConfig, found {type(config).__name__}")
+    return config
 
 
 def text_config(config: Config) -> MllamaTextConfig:

@@ -78,13 +78,23 @@ class PretrainedModule(nn.Module):
         attention: AttentionKind = "xla",
         revision: str | None = None,
     ) -> tuple[Self, Params]:
-        """Loads a Hugging Face checkpoint; a part's class takes its own part out of a full one.
+        """Loads a checkpoint; a part's class takes its own part out of a full one.
+
+        Every process reads the regions that its own devices hold and casts them on the way: no
+        process ever has a whole tensor of which its devices hold a part.
 
         Args:
-          path: a folder with ``config.json`` and safetensors files, or a hub id.
+          path: a folder, local or cloud, or a hub id: a Hugging Face folder (``config.json`` and
+            safetensors or ``pytorch_model*.bin``), Meta's release (``params.json`` and
+            ``consolidated*.pth``), an Orbax checkpoint that this package wrote, or a LoRA adapter
+            of PEFT (merged into the base that it names).
           dtype: of the computation, an array dtype or its name.
           param_dtype: of the loaded parameters; ``dtype`` if None.
-          mesh: devices to place the parameters on; a single device if None.
+          mesh: devices of all processes to split the parameters over; the default device if None.
+            Its axes are some of ``data`` (every group of devices along it holds all parameters),
+            ``fsdp`` (splits every matrix on its hidden size) and ``tensor`` (splits heads,
+            feed-forward width and vocabulary); see `mllama_jax.sharding`, whose `parse_mesh` makes
+            one of ``"fsdp=8,tensor=2"``.
           hf_masked_rows, attention: see the class.
           revision: of a hub id.
 
@@ -93,8 +103,9 @@ class PretrainedModule(nn.Module):
 
         Raises:
           FileNotFoundError: the folder or a file of it does not exist.
-          ValueError: the configuration is unusable, or tensors are missing, unexpected or
-            misshaped (all of them are named).
+          ValueError: the configuration is unusable; tensors are missing, unexpected or misshaped
+            (all of them are named); the mesh has other axes, or sizes that do not divide the
+            parameters (named too).
         """
         from mllama_jax.convert.load import load_pretrained
 
@@ -116,9 +127,13 @@ class PretrainedModule(nn.Module):
         """Writes ``params`` as a Hugging Face folder (Hub key layout) that transformers loads.
 
         Args:
-          params: this model's parameters.
+          params: this model's parameters, on any devices of this process.
           folder: made if absent.
           max_shard_size: tensors are split into files of at most this size.
+
+        Raises:
+          ValueError: these are not this model's parameters (all differences are named), or other
+            processes' devices hold a part of them.
         """
         from mllama_jax.convert.save import save_params
 

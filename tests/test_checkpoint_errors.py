@@ -11,7 +11,7 @@ from tiny_checkpoint import arrays, random_params, save_tensors, tiny_config
 
 import mllama_jax as mj
 from mllama_jax.convert import CheckpointError, save_params
-from mllama_jax.convert.reader import read_headers
+from mllama_jax.convert.sources.shards import find_weights
 from mllama_jax.convert.table import spelled
 
 INDEX = "model.safetensors.index.json"
@@ -232,7 +232,9 @@ def test_an_index_that_disagrees_with_its_files(shards):
 def test_a_tensor_in_two_files(shards):
     one, two, _ = sorted(shards.glob("*.safetensors"))
     tensors = [
-        tensor.name for tensor in read_headers(shards).values() if tensor.file.name == one.name
+        tensor.name
+        for tensor in find_weights(shards).tensors.values()
+        if tensor.file.name == one.name
     ]
     two.write_bytes(one.read_bytes())
     lines = problems(shards)
@@ -266,14 +268,14 @@ def test_two_checkpoints_in_one_folder(good, shards):
 
 def test_shards_without_an_index_are_read(shards, good):
     (shards / INDEX).unlink()
-    assert {tensor.name for tensor in read_headers(shards).values()} == {*arrays(good)}
+    assert {tensor.name for tensor in find_weights(shards).tensors.values()} == {*arrays(good)}
     mj.MllamaForCausalLM.from_pretrained(shards)
 
 
 def test_a_folder_without_weights_names_what_it_holds(tmp_path):
     tiny_config().save_pretrained(tmp_path)
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match=r"found config\.json, pytorch_model\.bin$"):
+    (tmp_path / "tf_model.h5").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"found config\.json, tf_model\.h5$"):
         mj.MllamaForConditionalGeneration.from_pretrained(tmp_path)
 
 

@@ -1,27 +1,19 @@
 """Hub ids, with huggingface_hub's real cache on disk and a server that answers as the hub does."""
 
-import hashlib
 import json
 import os
-import re
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 from etils import epath
+from small_hub import COMMIT, NOWHERE, SmallHub, assert_errors, python, serving
 from tiny_checkpoint import random_params, stored, tiny_config
 
 from mllama_jax.convert import save_params
 from mllama_jax.hub import local_folder
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 JSON_FILES = ["*.json"]
-NOWHERE = "http://127.0.0.1:1"
 
 FIND_FOLDERS = """
 import json, sys
@@ -47,34 +39,9 @@ for revision, output in zip((None, "main", sys.argv[1]), sys.argv[2:], strict=Tr
 """
 
 
-def python(code: str, *arguments: object, folder: Path, **environment: object) -> str:
-    """What a new process prints: huggingface_hub reads its environment once, when imported.
-
-    The process works in `folder` and has its cache in `folder`/cache.
-    """
-    settings = {"HF_HUB_CACHE": folder / "cache", "HF_ENDPOINT": NOWHERE, **environment}
-    settings["NO_PROXY"] = settings["no_proxy"] = "127.0.0.1"
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        cwd=folder,
-        env=environ | {name: str(value) for name, value in settings.items()},
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=120,
-    ).stdout
-
-
 def find(*calls: tuple, folder: Path, **environment: object) -> list:
     """The folder, or the error's type and message, of each (hub id, patterns, revision)."""
     return json.loads(python(FIND_FOLDERS, json.dumps(calls), folder=folder, **environment))
-
-
-def assert_errors(found: list, expected: list[tuple[str, str]]) -> None:
-    for (kind, message), (expected_kind, pattern) in zip(found, expected, strict=True):
-        assert kind == expected_kind, message
-        assert re.search(pattern, message), message
 
 
 def add_to_cache(folder: Path, hub_id: str) -> Path:
@@ -165,78 +132,26 @@ def test_paths_that_lead_nowhere(tmp_path, monkeypatch, path, error, message):
         local_folder(path, allow_patterns=JSON_FILES)
 
 
-class Hub(BaseHTTPRequestHandler):
-    """The few answers of the hub that a download needs, for repositories under `owner/`."""
-
-    files: ClassVar[dict[str, bytes]]
-    asked: ClassVar[list[str]]
-
-    def do_GET(self) -> None:
-        self._answer(body=True)
-
-    def do_HEAD(self) -> None:
-        self._answer(body=False)
-
-    def _answer(self, body: bool) -> None:
-        self.asked.append(self.path)
-        info = re.fullmatch(r"/api/models/owner/(\w+)/revision/(\w+)", self.path)
-        file = re.fullmatch(rf"/owner/good/resolve/{COMMIT}/(.+)", self.path)
-        if file:
-            self._send(200, self.files[file[1]], body)
-        elif info and info[1] == "gated":
-            self._send(403, b"{}", body, {"X-Error-Code": "GatedRepo"})
-        elif info and info[1] == "good" and info[2] in ("main", COMMIT):
-            siblings = [{"rfilename": name} for name in self.files]
-            answer = {"id": "owner/good", "modelId": "owner/good", "sha": COMMIT}
-            self._send(200, json.dumps({**answer, "siblings": siblings}).encode(), body)
-        elif info and info[1] == "good":
-            self._send(404, b"{}", body, {"X-Error-Code": "RevisionNotFound"})
-        else:
-            self._send(404, b"{}", body, {"X-Error-Code": "RepoNotFound"})
-
-    def _send(
-        self, status: int, data: bytes, body: bool, headers: dict[str, str] | None = None
-    ) -> None:
-        self.send_response(status)
-        etag = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT}
-        for name, value in {**etag, **(headers or {}), "Content-Length": len(data)}.items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        if body:
-            self.wfile.write(data)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture
-def hub() -> Iterator[tuple[type[Hub], str]]:
-    """The server's class, which notes what it was asked, and its address."""
-
-    Hub.files = {"config.json": b'{"a": 1}', "model.safetensors": b"weights", "big.bin": b"x"}
-    Hub.asked = []
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-        thread.start()
-        yield Hub, f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+def hub() -> Iterator[SmallHub]:
+    files = {"config.json": b'{"a": 1}', "model.safetensors": b"weights", "big.bin": b"x"}
+    with serving({"good": files}) as server:
+        yield server
 
 
 def test_only_the_files_asked_for_are_fetched_and_once(hub, tmp_path):
-    server, endpoint = hub
     patterns = ["config.json", "*.safetensors"]
-    (folder,) = find(("owner/good", patterns, None), folder=tmp_path, HF_ENDPOINT=endpoint)
+    (folder,) = find(("owner/good", patterns, None), folder=tmp_path, HF_ENDPOINT=hub.endpoint)
     assert Path(folder) == tmp_path / "cache" / "models--owner--good" / "snapshots" / COMMIT
     assert {file.name: file.read_bytes() for file in Path(folder).iterdir()} == {
         "config.json": b'{"a": 1}',
         "model.safetensors": b"weights",
     }
-    assert not any("big.bin" in path for path in server.asked)
-    server.asked.clear()
+    assert not any("big.bin" in path for path in hub.asked)
+    hub.asked.clear()
     calls = [("owner/good", patterns, revision) for revision in (None, COMMIT)]
-    assert find(*calls, folder=tmp_path, HF_ENDPOINT=endpoint) == [folder, folder]
-    assert not any("resolve" in path for path in server.asked)
+    assert find(*calls, folder=tmp_path, HF_ENDPOINT=hub.endpoint) == [folder, folder]
+    assert not any("resolve" in path for path in hub.asked)
 
 
 def test_refusals_of_the_hub_say_what_to_do(hub, tmp_path):
@@ -244,7 +159,7 @@ def test_refusals_of_the_hub_say_what_to_do(hub, tmp_path):
     found = find(
         *[(hub_id, JSON_FILES, revision) for hub_id, revision in calls],
         folder=tmp_path,
-        HF_ENDPOINT=hub[1],
+        HF_ENDPOINT=hub.endpoint,
     )
     expected = [
         ("PermissionError", r"'owner/gated' is gated: .*hf auth login"),

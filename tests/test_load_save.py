@@ -23,7 +23,8 @@ from transformers.models import mllama as hf
 
 import mllama_jax as mj
 from mllama_jax.convert import CheckpointError, load_params, save_params
-from mllama_jax.convert.reader import StoredTensor
+from mllama_jax.convert.lazy import Region
+from mllama_jax.convert.sources.safetensors_files import StoredTensor
 from mllama_jax.convert.table import COMPONENTS, row_of
 
 PARTS = ("language_model", "text_model", "vision_model")
@@ -131,9 +132,9 @@ def test_a_part_is_taken_out_of_a_whole_checkpoint(reference_folder, tmp_path, c
 def test_a_part_reads_none_of_the_others_tensors(reference_folder, monkeypatch, component):
     read, read_tensor = [], StoredTensor.read
 
-    def read_and_note(tensor: StoredTensor) -> np.ndarray:
+    def read_and_note(tensor: StoredTensor, region: Region) -> np.ndarray:
         read.append(tensor.name)
-        return read_tensor(tensor)
+        return read_tensor(tensor, region)
 
     monkeypatch.setattr(StoredTensor, "read", read_and_note)
     getattr(mj, COMPONENTS[component].architecture).from_pretrained(reference_folder)
@@ -219,12 +220,6 @@ def test_the_modules_settings_are_passed_on(reference_folder):
 def test_unusable_dtypes_are_refused(reference_folder, argument, value):
     with pytest.raises(ValueError, match=rf"^{argument}={value!r}: expected one of float32, bf"):
         mj.MllamaForCausalLM.from_pretrained(reference_folder, **{argument: value})
-
-
-def test_a_mesh_is_refused_with_advice(reference_folder):
-    mesh = jax.make_mesh((1,), ("data",))
-    with pytest.raises(NotImplementedError, match=r"jax\.device_put"):
-        mj.MllamaForCausalLM.from_pretrained(reference_folder, mesh=mesh)
 
 
 def test_unknown_fields_of_a_configuration_survive_and_the_dtype_is_the_new_one(

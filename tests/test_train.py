@@ -20,6 +20,7 @@ from tiny_run import write_records, write_start
 
 import mllama_jax as mj
 from mllama_jax.cli import main
+from mllama_jax.convert import convert, verify
 from mllama_jax.processing.image_loading import load_image
 from mllama_jax.train.config import (
     CheckpointConfig,
@@ -101,6 +102,22 @@ def test_the_model_folder_holds_all_that_the_start_held(whole, folder):
         for path in (whole / "model", folder / "start")
     )
     assert found == expected
+
+
+def test_checkpoints_are_models_of_any_tool(whole, tmp_path):
+    """The last one is the model that the run ended with, and an earlier one is another."""
+    assert convert(whole, tmp_path / "last").to == "hf"
+    written = {file.name for file in (whole / "model").iterdir()}
+    assert written | {"provenance.json"} == {file.name for file in (tmp_path / "last").iterdir()}
+    for name in written - {"config.json"}:
+        assert (tmp_path / "last" / name).read_bytes() == (whole / "model" / name).read_bytes()
+    expected = mj.MllamaConfig.from_pretrained(whole / "model")
+    assert mj.MllamaConfig.from_pretrained(tmp_path / "last") == expected
+
+    checkpoints = whole / "checkpoints"
+    assert verify(checkpoints, whole / "model").equal
+    assert verify(checkpoints / str(STEPS), whole / "model").equal
+    assert len(verify(checkpoints / "28", whole / "model").differing) > 10
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

@@ -29,8 +29,9 @@ def train(config: TrainConfig) -> list[Score]:
 
     ``config.output`` gets config.yaml, metrics.jsonl, checkpoints/ and, at the end, model/: a
     Hugging Face folder with weights, configuration, tokenizer, chat template, image processor
-    settings and generation settings. The same configuration gives the same model, however often
-    the run was stopped and started again.
+    settings and generation settings. All of these but the weights also lie in ``config.output``
+    itself from the start: what reads or converts a checkpoint finds them there. The same
+    configuration gives the same model, however often the run was stopped and started again.
 
     Returns:
         The scores on the held-out questions, empty if there are none.
@@ -86,6 +87,8 @@ def train(config: TrainConfig) -> list[Score]:
             state = checkpoints.restore(state, batches)
         progress.say(_opening(config, output, resumed, state.params, records, held_out))
         replace_text(output / "config.yaml", to_yaml(config))
+        model.config.save_pretrained(output)
+        _save_settings(output, model, processor)
         log = _Log(MetricsFile(output / "metrics.jsonl", resumed), progress)
         if 0 < resumed < config.steps and is_evaluated(resumed):
             evaluate(resumed)  # as the checkpoint was written before it
@@ -190,6 +193,13 @@ def save_model(
 ) -> None:
     """Writes all that a Hugging Face folder holds: what `from_pretrained` reads, here and there."""
     model.save_pretrained(params, folder)
+    _save_settings(folder, model, processor)
+
+
+def _save_settings(
+    folder: epath.PathLike, model: MllamaForConditionalGeneration, processor: MllamaProcessor
+) -> None:
+    """Writes tokenizer, chat template, image processor settings and generation settings."""
     processor.save_pretrained(folder)
     generation = model.generation_config or GenerationConfig.from_model_config(model.config)
     generation.save_pretrained(folder)

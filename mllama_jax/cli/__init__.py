@@ -7,14 +7,19 @@ import tyro
 
 def main() -> None:
     """Runs the command that ``sys.argv`` names."""
+    from mllama_jax.cli.convert import convert
     from mllama_jax.cli.demo import demo
     from mllama_jax.cli.generate import generate
+    from mllama_jax.cli.inspect import inspect
     from mllama_jax.cli.train import train
+    from mllama_jax.cli.verify import verify
 
     app = tyro.extras.SubcommandApp()
-    app.command(demo)
-    app.command(generate)
-    app.command(train)
+    for command in (convert, inspect, verify, generate, train, demo):
+        chosen = command.__name__ in sys.argv[1:2]
+        summary = (command.__doc__ or "").splitlines()[0]
+        # A line each in the list of commands, everything where a command is asked for its help.
+        app.command(help=None if chosen else summary)(command)
     try:
         app.cli(
             prog="mllama-jax",

@@ -3,15 +3,19 @@
 The package's model is tensor-parallel: it wants a process group, here of one process.
 """
 
+import functools
 import json
 import sys
 import tempfile
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -39,19 +43,86 @@ with _stubbed(_stubs()):
     from llama_models.llama3.args import ModelArgs
     from llama_models.llama3.multimodal import model as meta
 
-__all__ = ["ModelArgs", "meta", "process_group", "save", "text_tensors", "vision_tensors"]
+__all__ = [
+    "Batch",
+    "ModelArgs",
+    "meta",
+    "process_group",
+    "run",
+    "save",
+    "text_tensors",
+    "vision_tensors",
+    "whole_model",
+]
 
 
 @contextmanager
-def process_group() -> Iterator[None]:
+def process_group(rank: int = 0, size: int = 1, store: Path | None = None) -> Iterator[None]:
+    """Args: store: a file that all of several processes name; it need not exist."""
     with tempfile.TemporaryDirectory() as folder:
         torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{folder}/store", rank=0, world_size=1
+            "gloo", init_method=f"file://{store or f'{folder}/store'}", rank=rank, world_size=size
         )
-        initialize.initialize_model_parallel(1)
+        initialize.initialize_model_parallel(size)
         yield
         initialize.destroy_model_parallel()
         torch.distributed.destroy_process_group()
+
+
+def whole_model(params: Mapping[str, Any], vision_width: int, max_seq_len: int) -> Any:
+    """Meta's model of text and pictures. Its encoder is 1280 wide unless it is told otherwise."""
+    args = ModelArgs(**params, max_seq_len=max_seq_len)
+    narrow = functools.partial(meta.VisionEncoder, width=vision_width)
+    # The image transform needs torchvision; nothing here uses it.
+    transform = mock.Mock()
+    with mock.patch.multiple(meta, VisionEncoder=narrow, VariableSizeImageTransform=transform):
+        model = meta.CrossAttentionTransformer(args)
+    model.vision_model.vision_projection = meta.ColumnParallelLinear(
+        6 * vision_width, args.dim, bias=True, init_method=lambda weight: weight
+    )
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tokens (B, T), pixels (B, M, 4, 3, h, w), arrangements (B, M, 2), and for each sample the
+    span of tokens that attends to each of its images."""
+
+    tokens: np.ndarray
+    pixels: np.ndarray
+    ratios: np.ndarray
+    spans: Sequence[Sequence[tuple[int, int]]]
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """(B, T, M, 4): 0 where a token attends to a tile, Meta's large negative number else."""
+        spans = [[list(span) for span in sample] for sample in self.spans]
+        return meta._pad_masks(spans, self.ratios.prod(-1).tolist(), self.tokens.shape[1], 4)
+
+
+def run(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Image features (B, M, 4, P, D) and logits (B, T, W) of Meta's whole model."""
+    text, (num_samples, num_tokens) = model.text_model, batch.tokens.shape
+    model.setup_cache(num_samples, torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        features = model.vision_model(
+            torch.from_numpy(batch.pixels), torch.from_numpy(batch.ratios)
+        )
+        caches = [
+            layer.compute_xattn_kv_cache(features.flatten(1, 3))
+            for layer in text.cross_attention_layers
+        ]
+        cross_mask, row_mask = text._get_xattn_mask(
+            num_tokens, "cpu", torch.float32, features, batch.mask
+        )
+        logits = text(
+            position_ids=torch.arange(num_tokens),
+            h=text.get_partially_trainable_embedding(torch.from_numpy(batch.tokens)),
+            xattn_mask=cross_mask,
+            full_text_row_masked_out_mask=row_mask,
+            xattn_caches=torch.stack(caches),
+        )
+    return features, logits
 
 
 # Repeated parts of Meta's names and what transformers calls them; in order.

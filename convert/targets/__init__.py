@@ -1,0 +1,1 @@
+"""Results of a conversion: one file a format."""

@@ -1,0 +1,191 @@
+"""What is split over which devices: one table from logical axes to the axes of a mesh.
+
+Modules name the axes of their parameters (`mllama_jax.layers.logical`); only this file says what a
+name means on a mesh. A mesh has some of `MESH_AXES`, in any order; what the table would split over
+an axis that the mesh lacks is not split.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+if TYPE_CHECKING:
+    from mllama_jax.pretrained import PretrainedModule
+
+MESH_AXES: Mapping[str, str] = {
+    "data": "samples; every group of devices along it holds all parameters",
+    "fsdp": "samples, and parameters on their hidden size; gathered layer by layer when used",
+    "tensor": "heads, feed-forward width and vocabulary; the computation itself is split",
+}
+"""The axes that a mesh may have, outermost first, and what is split over them."""
+
+SPLIT_OVER: dict[str, tuple[str, ...]] = {
+    "layers": (),  # scanned over: a device that holds only some would have to be asked each step
+    "vocab": ("tensor",),
+    "embed": ("fsdp",),
+    "mlp": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "norm": (),
+    "vision_output": ("tensor",),
+    "vision_embed": ("fsdp",),
+    "vision_mlp": ("tensor",),
+    "vision_heads": ("tensor",),
+    "vision_head_dim": (),
+    "patch_height": (),
+    "patch_width": (),
+    "channels": (),
+}
+"""Logical axis -> the mesh axes that it is split over."""
+
+REPLICATED_IF_FEWER = ("kv_heads", "vision_heads")
+"""Axes that are kept whole on a mesh axis that is a multiple of them: fewer heads than devices."""
+
+
+def param_axes(model: "PretrainedModule") -> dict[str, Any]:
+    """Logical axis names of every parameter (a tuple for each), in the tree of the parameters.
+
+    Raises:
+        ValueError: a parameter's axes have no names.
+    """
+    return flax.traverse_util.unflatten_dict(
+        {path: axes for path, (axes, _) in _annotated(model).items()}
+    )
+
+
+def param_shardings(model: "PretrainedModule", mesh: Mesh) -> dict[str, Any]:
+    """A `NamedSharding` for every parameter, in the tree of the parameters.
+
+    Raises:
+        ValueError: as `check_mesh`; or parameters that the mesh can't split, see `partition_spec`:
+            all of them in one message.
+    """
+    check_mesh(mesh)
+    shardings: dict[tuple[str, ...], NamedSharding] = {}
+    problems: dict[str, list[str]] = {}
+    for path, (axes, shape) in _annotated(model).items():
+        try:
+            shardings[path] = NamedSharding(mesh, partition_spec(axes, shape, mesh))
+        except ValueError as error:
+            problems.setdefault(str(error), []).append("/".join(path))
+    if problems:
+        lines = [f"  {problem}: {_some(names)}" for problem, names in problems.items()]
+        raise ValueError(
+            f"the parameters can't be split over the mesh {_written(mesh)}:\n" + "\n".join(lines)
+        )
+    return flax.traverse_util.unflatten_dict(shardings)
+
+
+def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """How an array is split over a mesh.
+
+    Args:
+        axes: the logical name of each axis; None is never split.
+        shape: of the whole array.
+
+    Raises:
+        ValueError: a name that the table lacks; two axes on one mesh axis; a size that the mesh
+            does not divide. Axes of `REPLICATED_IF_FEWER` are kept whole instead if the mesh axis
+            is a multiple of them.
+    """
+    spec: list[Any] = []
+    used: dict[str, str] = {}
+    for axis, size in zip(axes, shape, strict=True):
+        if axis is not None and axis not in SPLIT_OVER:
+            raise ValueError(f"axis {axis} is not one of {', '.join(SPLIT_OVER)}")
+        over = SPLIT_OVER[axis] if axis else ()
+        for mesh_axis in over:
+            if mesh_axis in used:
+                raise ValueError(f"axes {used[mesh_axis]} and {axis} are both on {mesh_axis}")
+            used[mesh_axis] = str(axis)
+        over = tuple(mesh_axis for mesh_axis in over if mesh_axis in mesh.shape)
+        parts = math.prod(mesh.shape[mesh_axis] for mesh_axis in over)
+        if size % parts:
+            if axis not in REPLICATED_IF_FEWER or parts % size:
+                sizes = " × ".join(f"{name}={mesh.shape[name]}" for name in over)
+                raise ValueError(f"axis {axis} of size {size} is not divisible by {sizes}")
+            over = ()
+        spec.append(over[0] if len(over) == 1 else over or None)
+    return PartitionSpec(*spec)
+
+
+def check_mesh(mesh: Mesh) -> None:
+    """Raises ValueError unless the mesh has some of `MESH_AXES` and no others, of type Auto."""
+    unknown = [str(axis) for axis in mesh.axis_names if axis not in MESH_AXES]
+    if unknown:
+        raise ValueError(
+            f"mesh {_written(mesh)}: unknown axes {', '.join(unknown)}; "
+            f"expected some of {', '.join(MESH_AXES)}"
+        )
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        raise ValueError(
+            f"mesh {_written(mesh)} has axis types {mesh.axis_types}; the model needs Auto: use "
+            "mllama_jax.sharding.parse_mesh, or jax.make_mesh with "
+            f"axis_types=(AxisType.Auto,) * {len(mesh.axis_names)}"
+        )
+
+
+def parse_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh from its written form, such as ``"fsdp=8,tensor=2"``.
+
+    Args:
+        text: sizes of some of `MESH_AXES`. One of them may be -1, for all devices that the others
+            leave. The order does not matter: the mesh has that of `MESH_AXES`.
+        devices: what it is made of; all devices of all processes if None.
+
+    Raises:
+        ValueError: not of this form, or not made of exactly these devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    written: dict[str, int] = {}
+    for item in text.split(","):
+        axis, _, size = (part.strip() for part in item.partition("="))
+        if axis not in MESH_AXES or axis in written or not size.removeprefix("-").isdecimal():
+            raise ValueError(
+                f"mesh {text!r}: {item!r} is not of the form axis=size with each of "
+                f"{', '.join(MESH_AXES)} at most once"
+            )
+        written[axis] = int(size)
+    given = math.prod(size for size in written.values() if size != -1)
+    if list(written.values()).count(-1) == 1 and given > 0:
+        written = {k: len(devices) // given if v == -1 else v for k, v in written.items()}
+    sizes = {axis: written[axis] for axis in MESH_AXES if axis in written}
+    if min(sizes.values()) < 1 or math.prod(sizes.values()) != len(devices):
+        raise ValueError(
+            f"mesh {text!r}: expected positive sizes whose product is {len(devices)}, the number "
+            "of devices; one of them may be -1, for the rest"
+        )
+    types = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), types, devices=devices)
+
+
+def _annotated(
+    model: "PretrainedModule",
+) -> dict[tuple[str, ...], tuple[tuple[str | None, ...], tuple[int, ...]]]:
+    """Path -> logical axis names and shape of every parameter."""
+
+    def init(key: jax.Array) -> Any:
+        inputs: Any = model.dummy_inputs()
+        return model.init(key, **inputs)["params"]
+
+    boxed = flax.traverse_util.flatten_dict(jax.eval_shape(init, jax.random.key(0)))
+    nameless = [
+        "/".join(path) for path, leaf in boxed.items() if not isinstance(leaf, nn.Partitioned)
+    ]
+    if nameless:
+        raise ValueError(f"parameters without logical axis names: {_some(nameless)}")
+    return {path: (tuple(leaf.names), leaf.value.shape) for path, leaf in boxed.items()}
+
+
+def _written(mesh: Mesh) -> str:
+    return ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,261 @@
+"""Checkpoints of every format straight onto meshes: eight virtual devices, and two processes."""
+
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+import torch
+from tiny_checkpoint import arrays, stored
+from tiny_model import random_params
+
+import mllama_jax as mj
+from mllama_jax.convert.conversion import convert
+from mllama_jax.convert.table import Tensor, tensors
+
+VISION = {
+    "hidden_size": 40,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_global_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_layers_indices": [0, 2],
+    "vision_output_dim": 120,
+    "image_size": 12,
+    "patch_size": 4,
+    "max_num_tiles": 3,
+    "supported_aspect_ratios": [[1, 1], [1, 2], [3, 1]],
+}
+TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 48,
+    "intermediate_size": 56,
+    "num_hidden_layers": 6,
+    "cross_attention_layers": [1, 4],
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "rope_theta": 100.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+MODELS = {
+    "scanned": (VISION, TEXT),
+    "aperiodic": (VISION, {**TEXT, "num_hidden_layers": 3, "cross_attention_layers": [0, 1]}),
+    # Meta's code fixes the number of vision layers, and more.
+    "meta": (
+        {
+            "hidden_size": 32,
+            "intermediate_size": 128,
+            "num_attention_heads": 16,
+            "vision_output_dim": 192,
+            "image_size": 28,
+        },
+        {**TEXT, "intermediate_size": 128},
+    ),
+}
+MIXED = "data=2,fsdp=2,tensor=2"
+CASES = [
+    # checkpoint, mesh, dtype, whether to run the model
+    *[("scanned", mesh, "float32", True) for mesh in ("fsdp=8", "tensor=8", MIXED)],
+    *[("scanned", mesh, "bfloat16", False) for mesh in ("fsdp=8", "tensor=8", MIXED)],
+    ("aperiodic", "fsdp=8", "bfloat16", False),
+    ("aperiodic", MIXED, "float32", True),
+    *[(name, MIXED, "bfloat16", False) for name in ("torch", "meta", "orbax")],
+]
+
+
+def model_of(checkpoint: str) -> mj.MllamaForConditionalGeneration:
+    vision, text = MODELS.get(checkpoint, MODELS["scanned"])
+    return mj.MllamaForConditionalGeneration(mj.MllamaConfig(vision, text, image_token_index=64))
+
+
+def stored_tensors(checkpoint: str) -> tuple[Tensor, ...]:
+    return tensors(model_of(checkpoint).config, "model")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Holds float32 checkpoints of different models and of every format."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for name in MODELS:
+        model = model_of(name)
+        params = random_params(model)
+        if name == "meta":  # which has no place for most of these tables' values
+            params = jax.tree_util.tree_map_with_path(
+                lambda path, leaf: (
+                    jnp.zeros_like(leaf) if "tile" in str(path) and leaf.ndim > 2 else leaf
+                ),
+                params,
+            )
+        model.save_pretrained(params, folder / name)
+    convert(folder / "scanned", folder / "orbax", to="orbax")
+    (folder / "torch").mkdir()
+    values = {name: torch.tensor(value) for name, value in arrays(folder / "scanned").items()}
+    torch.save(values, folder / "torch" / "pytorch_model.bin")
+    shutil.copy(folder / "scanned" / "config.json", folder / "torch")
+    hugging_face = (folder / "meta").rename(tmp_path_factory.mktemp("meta") / "hugging face")
+    convert(hugging_face, folder / "meta", to="meta")
+    return folder
+
+
+def start(devices: int, *arguments: Any) -> subprocess.Popen:
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    return subprocess.Popen(
+        [sys.executable, Path(__file__).with_name("mesh_processes.py"), *map(str, arguments)],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def results(processes: Sequence[subprocess.Popen]) -> list[Any]:
+    """What each process found; ends all of them when one fails, which the others would wait for."""
+    with ThreadPoolExecutor() as pool:
+        found = [pool.submit(result, process) for process in processes]
+        done, _ = wait(found, return_when=FIRST_EXCEPTION)
+        for process in processes:
+            process.kill()
+        return [future.result() for future in (found if len(done) == len(found) else done)]
+
+
+def result(process: subprocess.Popen) -> Any:
+    with process:
+        out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return json.loads(out.splitlines()[-1])
+
+
+# Eight devices ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("saved")
+
+
+@pytest.fixture(scope="module")
+def loaded(folder, saved) -> dict[tuple, dict[str, Any]]:
+    """What became of each case."""
+    (found,) = results([start(8, "eight_devices", folder, json.dumps(CASES), saved)])
+    return dict(zip(CASES, found, strict=True))
+
+
+def num_parts(name: str, mesh: str) -> int:
+    """Into how many parts a stored tensor is split, said a second time and without axes."""
+    sizes = dict(item.split("=") for item in mesh.split(","))
+    fsdp, tensor = int(sizes.get("fsdp", 1)), int(sizes.get("tensor", 1))
+    if re.search(r"norm|gate$|gate_attn$|gate_ffn$", name):
+        return 1
+    if name.endswith("fc1.bias"):
+        return tensor
+    if name.endswith("bias") or re.search(r"vision_model.*embedding", name):
+        return fsdp
+    # Two key/value heads and four vision heads are whole on eight devices.
+    whole_heads = r"[kv]_proj" if tensor <= 2 else r"[kv]_proj|vision_model.*[qo]_proj"
+    if tensor > 2 and re.search(whole_heads, name):
+        return fsdp
+    return fsdp * tensor
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(map(str, case[:3])))
+def test_each_device_gets_its_part_bit_for_bit(case, loaded):
+    name, mesh, dtype, runs = case
+    facts = loaded[case]
+    assert facts["different"] == []
+    assert facts["misplaced"] == []
+    itemsize = {"float32": 4, "bfloat16": 2}[dtype]
+    sizes = {t.hub: itemsize * math.prod(t.shape) for t in stored_tensors(name)}
+    part = sum(size // num_parts(hub, mesh) for hub, size in sizes.items())
+    assert facts["bytes"] == [part] * 8
+    assert part < sum(sizes.values()) * {"fsdp=8": 0.14, "tensor=8": 0.42, MIXED: 0.28}[mesh]
+    if runs:
+        assert facts["logits_error"] < 2e-6
+
+
+def test_saves_what_is_split_over_devices(loaded, folder, saved):
+    assert stored(saved) == stored(folder / CASES[0][0])
+
+
+# Two processes of four devices each -------------------------------------------------------------
+
+LARGE_ROWS, LARGE_COLUMNS = 2**19, 384
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    """A text model whose table of 805 MB is a hole in a file."""
+    folder = tmp_path_factory.mktemp("large")
+    config = mj.MllamaTextConfig(
+        **TEXT
+        | {"vocab_size": LARGE_ROWS - 8, "hidden_size": LARGE_COLUMNS}
+        | {"num_hidden_layers": 1, "cross_attention_layers": []}
+    )
+    config.save_pretrained(folder)
+    header: dict[str, Any] = {}
+    end = 0
+    for tensor in tensors(config, "text_model"):
+        begin, end = end, end + 4 * math.prod(tensor.hub_shape)
+        header[tensor.saved] = {
+            "dtype": "F32",
+            "shape": tensor.hub_shape,
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def processes(folder, large) -> list[dict[str, Any]]:
+    """What each process found."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return results([start(4, "one_of_two", index, port, folder, large) for index in (0, 1)])
+
+
+@pytest.mark.parametrize("name", ["scanned", "aperiodic", "torch", "meta", "orbax"])
+def test_each_process_reads_its_half(name, processes):
+    sizes = {t.hub: 4 * math.prod(t.shape) for t in stored_tensors(name)}
+    for process in processes:
+        assert process[name]["different"] == []
+        asked = process[name]["asked"]
+        for hub, size in sizes.items():
+            # These tables store the split axis inside of one that is not split.
+            nested = re.search(r"tile.*embedding\.weight", hub)
+            parts = 1 if nested else min(2, num_parts(hub, "fsdp=8"))
+            assert asked[hub] == size // parts, hub
+    # Together both read the checkpoint once, but for what both devices hold whole.
+    together = sum(sum(process[name]["asked"].values()) for process in processes)
+    assert together < 1.1 * sum(sizes.values())
+
+
+def test_a_host_holds_its_part_of_a_large_leaf_only(processes):
+    stored_bytes = 4 * LARGE_ROWS * LARGE_COLUMNS
+    for process in processes:
+        # The virtual devices are host memory: half of the table in half of the bytes.
+        assert process["large"]["held"] == stored_bytes // 4
+        blocks = min(8, os.cpu_count()) * 2 * 2**24  # what each thread looks at; half is wanted
+        assert process["large"]["peak"] < stored_bytes // 4 + blocks + 2**26
+        assert process["large"]["peak"] < 0.65 * stored_bytes
+
+
+def test_saving_what_other_processes_hold_is_refused(processes):
+    for process in processes:
+        assert "lie partly on other processes' devices" in process["refusal"]
+        assert "Orbax" in process["refusal"]
