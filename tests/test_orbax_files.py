@@ -109,6 +109,7 @@ def test_what_orbax_saved_is_read(saver, tmp_path):
     CONFIG.save_pretrained(tmp_path / "saved")
     source = open_source(tmp_path / "saved")
     assert source.format == ("Orbax, training state" if saver == "state" else "Orbax")
+    assert len(source.notes) == (saver == "state")
     assert_equal_trees(load_params(source, CONFIG, "model"), params)
 
 
@@ -129,6 +130,7 @@ def test_parts_of_the_model_with_their_own_configuration_or_the_whole(component,
 
 def test_a_checkpoint_without_configuration_says_where_to_put_it(tmp_path):
     ocp.save(tmp_path / "a" / "b" / "saved", random_params(CONFIG))
+    CONFIG.save_pretrained(tmp_path)  # too far away to be meant
     with pytest.raises(FileNotFoundError, match=r"saved/config\.json: no such file.*put the model"):
         open_source(tmp_path / "a" / "b" / "saved")
 

@@ -71,6 +71,7 @@ def open_orbax(folder: epath.Path) -> Source:
         carried=tuple(
             file for file in carried_files(config_folder) if file.name not in CHECKPOINT_FILES
         ),
+        notes=("a training state: only its parameters are looked at",) if tree.is_state else (),
         unused=unused_tensors(config_folder),
     )
 

@@ -1,15 +1,12 @@
 """Hugging Face folders: safetensors in shards, an index, config.json."""
 
-import hashlib
 import json
 import math
 import os
 import re
-import threading
 from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -19,6 +16,7 @@ from mllama_jax.convert.lazy import Region
 from mllama_jax.convert.sources.safetensors_files import DTYPES
 from mllama_jax.convert.sources.shards import INDEX_NAME, SINGLE_NAME
 from mllama_jax.convert.targets.folders import finish_folder, remove_unfinished, unfinished
+from mllama_jax.convert.targets.streamed_file import StreamedFile
 from mllama_jax.convert.targets.target import Output
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -79,11 +77,10 @@ class HuggingFaceTarget:
         self._shards = _shards(outputs, num_bytes(max_shard_size))
         self._index = _index(self._shards) if len(self._shards) > 1 else None
         self._shard_of = {output.name: shard for shard in self._shards for output in shard.outputs}
-        self._hashes: dict[str, Any] = {}
-        self._open: tuple[_Shard, BinaryIO] | None = None
-        self._changing = threading.Lock()
-        self._hasher = ThreadPoolExecutor(1)
-        self._hashing: Future[None] | None = None
+        self._files = {
+            shard.name: StreamedFile(unfinished(self._folder, shard.name)) for shard in self._shards
+        }
+        self._current: _Shard | None = None
         self.outputs = tuple(output for shard in self._shards for output in shard.outputs)
 
     def start(self, done: Collection[str]) -> None:
@@ -93,82 +90,41 @@ class HuggingFaceTarget:
         for shard in self._shards:
             kept = [output for output in shard.outputs if output.name in done]
             if kept:
-                self._reopen(shard, sum(output.num_bytes for output in kept))
+                self.close()
+                self._current, file = shard, self._files[shard.name]
+                good = len(shard.header) + sum(output.num_bytes for output in kept)
+                file.reopen(good)
+                for _ in file.read_again(good):
+                    pass
 
     def write(self, output: Output, region: Region, values: np.ndarray) -> None:
         shard = self._shard_of[output.name]
-        if self._open is None or self._open[0] is not shard:
+        if self._current is not shard:
             self.close()
-            self._begin(shard)
+            self._files[shard.name].begin()
+            self._files[shard.name].append(shard.header)
+            self._current = shard
         # reshape(-1): a view as bytes needs an axis.
-        data = values.reshape(-1).view(np.uint8)
-        if self._hashing is not None:
-            self._hashing.result()
-        # Beside writing: each takes about as long as the other.
-        self._hashing = self._hasher.submit(self._hashes[shard.name].update, data)
-        self._stream.write(data)
+        self._files[shard.name].append(values.reshape(-1).view(np.uint8))
 
     def flush(self) -> None:
-        with self._changing:
-            if self._open is None:
-                return
-            self._stream.flush()
-            try:
-                # A handle of its own: another thread may close the file meanwhile.
-                handle = os.dup(self._stream.fileno())
-            except (OSError, AttributeError):
-                return  # cloud streams have none; closing them is what completes the object
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        shard = self._current
+        if shard is not None:
+            self._files[shard.name].flush()
 
     def close(self) -> None:
-        self.flush()
-        with self._changing:
-            if self._open is not None:
-                self._stream.close()
-                self._open = None
+        if self._current is not None:
+            self._files[self._current.name].close()
+            self._current = None
 
     def sha256(self) -> dict[str, str]:
-        if self._hashing is not None:
-            self._hashing.result()
-        return {shard.name: self._hashes[shard.name].hexdigest() for shard in self._shards}
+        return {name: file.sha256() for name, file in self._files.items()}
 
     def finish(self, files: Mapping[str, bytes]) -> None:
         self.close()
         if self._index is not None:
             files = {INDEX_NAME: json_bytes(self._index), **files}
         finish_folder(self._folder, files)
-
-    @property
-    def _stream(self) -> BinaryIO:
-        assert self._open is not None
-        return self._open[1]
-
-    def _begin(self, shard: _Shard) -> None:
-        """Opens a new file and writes its header."""
-        stream = unfinished(self._folder, shard.name).open("wb")
-        stream.write(shard.header)
-        with self._changing:
-            self._open = shard, stream
-        self._hashes[shard.name] = hashlib.sha256(shard.header)
-
-    def _reopen(self, shard: _Shard, data_bytes: int) -> None:
-        """Goes on in a file of which so much data is good."""
-        self.close()
-        stream = open(unfinished(self._folder, shard.name), "r+b")  # noqa: SIM115
-        left = len(shard.header) + data_bytes
-        if stream.seek(0, os.SEEK_END) < left:
-            raise OSError(f"{stream.name}: shorter than an earlier process left it")
-        stream.truncate(left)
-        stream.seek(0)
-        found = self._hashes[shard.name] = hashlib.sha256()
-        while left:
-            data = stream.read(min(left, 2**22))
-            found.update(data)
-            left -= len(data)
-        self._open = shard, stream
 
 
 def _shards(outputs: Sequence[Output], limit: int) -> list[_Shard]:

@@ -1,12 +1,10 @@
 """Meta's layout: one consolidated.00.pth with the names of Meta's own classes, and params.json."""
 
 import dataclasses
-import hashlib
 import os
-import threading
 import zlib
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -17,6 +15,7 @@ from mllama_jax.convert.lazy import LazyTensor, Region, along, read_whole
 from mllama_jax.convert.meta_params import config_of, params_of
 from mllama_jax.convert.meta_table import meta_tensors, to_meta
 from mllama_jax.convert.targets.folders import finish_folder, remove_unfinished, unfinished
+from mllama_jax.convert.targets.streamed_file import StreamedFile
 from mllama_jax.convert.targets.target import Output, row_blocks
 from mllama_jax.convert.targets.torch_zip import lay_out
 from mllama_jax.convert.tile_grids import places_of_cells
@@ -177,9 +176,7 @@ class MetaTarget:
             WEIGHTS_NAME.removesuffix(".pth"),
             {output.name: (output.shape, output.dtype) for output in outputs},
         )
-        self._changing = threading.Lock()
-        self._stream: BinaryIO | None = None
-        self._hash = hashlib.sha256()
+        self._file = StreamedFile(unfinished(self._folder, WEIGHTS_NAME))
         # Of whole tensors, and of the one that is being written: None between two of them.
         self._checksums: list[int] = []
         self._checksum: int | None = None
@@ -189,97 +186,61 @@ class MetaTarget:
         self._folder.mkdir(parents=True, exist_ok=True)
         if not done:
             remove_unfinished(self._folder)
-        self._hash = hashlib.sha256()
         self._checksums, self._checksum = [], None
         kept = sum(output.name in done for output in self.outputs)
         if kept:
             self._reopen(kept)
         else:
-            with self._changing:
-                self._stream = self._file.open("wb")
-            self._append(self._layout.preamble)
+            self._file.begin()
+            self._file.append(self._layout.preamble)
         self._end_if_whole()
 
     def write(self, output: Output, region: Region, values: np.ndarray) -> None:
         record = self._layout.records[len(self._checksums)]
         if self._checksum is None:
-            self._append(record.header)
+            self._file.append(record.header)
             self._checksum, self._left = 0, record.num_bytes
         # reshape(-1): a view as bytes needs an axis.
         data = values.reshape(-1).view(np.uint8)
-        self._append(data)
+        self._file.append(data)
         self._checksum = zlib.crc32(data, self._checksum)
         self._left -= data.nbytes
         if self._left == 0:
-            self._append(record.trailer(self._checksum))
+            self._file.append(record.trailer(self._checksum))
             self._checksums.append(self._checksum)
             self._checksum = None
             self._end_if_whole()
 
     def flush(self) -> None:
-        with self._changing:
-            if self._stream is None:
-                return
-            self._stream.flush()
-            try:
-                # A handle of its own: another thread may close the file meanwhile.
-                handle = os.dup(self._stream.fileno())
-            except (OSError, AttributeError):
-                return  # cloud streams have none; closing them is what completes the object
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        self._file.flush()
 
     def close(self) -> None:
-        self.flush()
-        with self._changing:
-            if self._stream is not None:
-                self._stream.close()
-                self._stream = None
+        self._file.close()
 
     def sha256(self) -> dict[str, str]:
-        return {WEIGHTS_NAME: self._hash.hexdigest()}
+        return {WEIGHTS_NAME: self._file.sha256()}
 
     def finish(self, files: Mapping[str, bytes]) -> None:
         self.close()
         finish_folder(self._folder, {**files, PARAMS_NAME: self._params})
 
-    @property
-    def _file(self) -> epath.Path:
-        return unfinished(self._folder, WEIGHTS_NAME)
-
-    def _append(self, data: bytes | np.ndarray) -> None:
-        assert self._stream is not None
-        self._stream.write(data)
-        self._hash.update(data)
-
     def _end_if_whole(self) -> None:
         if len(self._checksums) == len(self.outputs):
-            self._append(self._layout.ending(self._checksums))
+            self._file.append(self._layout.ending(self._checksums))
 
     def _reopen(self, kept: int) -> None:
         """Goes on in a file of which so many tensors are good."""
-        stream = open(self._file, "r+b")  # noqa: SIM115
-        with self._changing:
-            self._stream = stream
         records = self._layout.records[:kept]
-        if stream.seek(0, os.SEEK_END) < records[-1].end:
-            raise OSError(f"{stream.name}: shorter than an earlier process left it")
-        stream.truncate(records[-1].end)
-        stream.seek(0)
-        self._read_again(stream, len(self._layout.preamble))
+        self._file.reopen(records[-1].end)
+        self._read_again(len(self._layout.preamble))
         for record in records:
-            self._read_again(stream, len(record.header))
-            self._checksums.append(self._read_again(stream, record.num_bytes))
-            self._read_again(stream, len(record.trailer(0)))
+            self._read_again(len(record.header))
+            self._checksums.append(self._read_again(record.num_bytes))
+            self._read_again(len(record.trailer(0)))
 
-    def _read_again(self, stream: BinaryIO, num_bytes: int) -> int:
+    def _read_again(self, num_bytes: int) -> int:
         """Takes up the next bytes of an earlier process; returns their CRC-32."""
         checksum = 0
-        while num_bytes:
-            data = stream.read(min(num_bytes, 2**22))
-            self._hash.update(data)
+        for data in self._file.read_again(num_bytes):
             checksum = zlib.crc32(data, checksum)
-            num_bytes -= len(data)
         return checksum

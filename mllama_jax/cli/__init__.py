@@ -26,7 +26,7 @@ def main() -> None:
             description="Llama 3.2 Vision in JAX and Flax.",
             sort_subcommands=False,
         )
-    except (OSError, ValueError, FloatingPointError) as error:
+    except (OSError, ValueError, FloatingPointError, ImportError) as error:
         # What the user gave is wrong, and the message says what: a traceback would hide it.
         sys.exit(f"mllama-jax: {error}")
     except KeyboardInterrupt:
