@@ -14,6 +14,10 @@ from mllama_jax.convert.table import Tensor
 from mllama_jax.convert.targets.target import row_blocks
 from mllama_jax.convert.values import in_threads
 
+# Small, as an allocator may keep a block for each thread, but no smaller: a block that covers only
+# a part of the chunks that an Orbax checkpoint is stored in reads all of them.
+_BLOCK_BYTES = 2**23
+
 # What a CPU device asks of an array's address if it is to take the array without a copy.
 _ALIGNMENT = 64
 
@@ -132,7 +136,7 @@ def _blocks(view: Regrouped, box: Region) -> list[Region]:
             slice(outer.start + inner.start, outer.start + inner.stop)
             for outer, inner in zip(box, block, strict=True)
         )
-        for block in row_blocks(extent(box), view.dtype, axis=axis)
+        for block in row_blocks(extent(box), view.dtype, axis=axis, block_bytes=_BLOCK_BYTES)
     ]
 
 

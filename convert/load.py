@@ -134,8 +134,11 @@ def load_params(
         by_leaf.setdefault(tensor.path, []).append(tensor)
     placed = None if shardings is None else flax.traverse_util.flatten_dict(shardings)
     if placed is not None and placed.keys() != by_leaf.keys():
-        odd = ["/".join(path) for path in placed.keys() ^ by_leaf.keys()]
-        raise ValueError(f"shardings: not the tree of the parameters; they differ in {sorted(odd)}")
+        odd = sorted("/".join(path) for path in placed.keys() ^ by_leaf.keys())
+        raise ValueError(
+            f"shardings: not a tree like the parameters'; they differ in {len(odd)} leaves, the "
+            f"first is {odd[0]}"
+        )
     leaves: dict[Path, jax.Array] = {}
     under_way: deque[tuple[jax.Array, int]] = deque()
     for path, parts in by_leaf.items():

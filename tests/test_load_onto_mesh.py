@@ -13,15 +13,20 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
+from jax.sharding import SingleDeviceSharding
 from tiny_checkpoint import arrays, stored
 from tiny_model import random_params
 
 import mllama_jax as mj
+from mllama_jax.convert import leaves, load_params
 from mllama_jax.convert.conversion import convert
+from mllama_jax.convert.lazy import ArrayTensor, whole
 from mllama_jax.convert.table import Tensor, tensors
 
 VISION = {
@@ -187,6 +192,53 @@ def test_each_device_gets_its_part_bit_for_bit(case, loaded):
 
 def test_saves_what_is_split_over_devices(loaded, folder, saved):
     assert stored(saved) == stored(folder / CASES[0][0])
+
+
+# Any regions ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "language_model/model/layers/block_0/self_attn/q_proj/kernel",
+        "language_model/model/layers/block_1/cross_attn/o_proj/kernel",
+        "language_model/lm_head/kernel",
+        "vision_model/pre_tile_positional_embedding/embedding",
+        "vision_model/global_transformer/layers/gate_attn",
+    ],
+)
+def test_regions_are_read_in_small_blocks_and_with_gaps(path, monkeypatch):
+    monkeypatch.setattr(leaves, "_BLOCK_BYTES", 100)
+    model = model_of("scanned")
+    expected = flax.traverse_util.flatten_dict(random_params(model))[tuple(path.split("/"))]
+    expected = np.asarray(expected).astype(np.float16)
+    parts = [part for part in stored_tensors("scanned") if part.path == tuple(path.split("/"))]
+    matched = {
+        part.hub: (
+            part.hub,
+            ArrayTensor(part.to_hub(expected if part.index is None else expected[part.index])),
+        )
+        for part in parts
+    }
+    leaf = leaves.make_leaf(parts, matched, np.dtype(np.float32))
+    middle = tuple(slice(size // 3, size - size // 4) for size in expected.shape)
+    corners = [
+        tuple(slice(0, -(-size // 3)) for size in expected.shape),
+        tuple(slice(-(-size // 3), size) for size in expected.shape),
+    ]
+    regions = [whole(expected.shape), middle, *corners]
+    for wanted in (regions, corners, [middle], []):
+        for region, found in zip(wanted, leaf.read(wanted), strict=True):
+            assert found.dtype == np.float32
+            np.testing.assert_array_equal(found, expected[region].astype(np.float32))
+
+
+def test_shardings_of_another_tree_are_refused(folder):
+    shardings = {"extra": SingleDeviceSharding(jax.devices()[0])}
+    with pytest.raises(ValueError, match=r"shardings: not a tree like the parameters'; .* extra$"):
+        load_params(
+            folder / "aperiodic", model_of("aperiodic").config, "model", shardings=shardings
+        )
 
 
 # Two processes of four devices each -------------------------------------------------------------

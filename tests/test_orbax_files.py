@@ -8,12 +8,15 @@ import flax.traverse_util
 import numpy as np
 import orbax.checkpoint as orbax_v0
 import pytest
+import tensorstore
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 from orbax_folders import CONFIG, DTYPES, write_folders
 from tiny_checkpoint import arrays, assert_equal_trees, part_config, random_params, stored
 
 from mllama_jax.convert import CheckpointError, convert, load_params, open_source
 from mllama_jax.convert.lazy import read_whole
+from mllama_jax.convert.sources.orbax import key_value_store
 from mllama_jax.convert.table import COMPONENTS
 
 
@@ -226,3 +229,21 @@ def test_damaged_descriptions_are_named(copy):
         (copy / "state" / "_METADATA").write_text(text)
         with pytest.raises(CheckpointError, match="_METADATA: damaged"):
             open_source(copy)
+
+
+@pytest.mark.parametrize("base", ["", "gs://bucket", "s3://bucket"])
+def test_folders_as_tensorstore_is_told_of_them(base):
+    store = key_value_store(epath.Path(f"{base}/a folder/100% #1"))
+    found = tensorstore.KvStore.Spec(store).to_json()
+    assert found["path"].strip("/") == "a folder/100% #1"
+    assert found["path"].endswith("/")
+    assert (found["driver"], found.get("bucket", "")) == {
+        "": ("file", ""),
+        "gs://bucket": ("gcs", "bucket"),
+        "s3://bucket": ("s3", "bucket"),
+    }[base]
+
+
+def test_other_stores_are_refused():
+    with pytest.raises(ValueError, match=r"az://a/b: .*local folders, gs:// and s3://"):
+        key_value_store(epath.Path("az://a/b"))

@@ -13,7 +13,13 @@ from mllama_jax.hub import checkpoint_folder, commit_of
 
 __all__ = ["CheckpointError", "Source", "open_source"]
 
-_ORBAX_MARKS = ("orbax.checkpoint", "_CHECKPOINT_METADATA", "commit_success.txt", "checkpoints")
+_ORBAX_MARKS = (
+    "orbax.checkpoint",
+    "_CHECKPOINT_METADATA",
+    "_METADATA",
+    "commit_success.txt",
+    "checkpoints",
+)
 
 
 def open_source(

@@ -221,7 +221,7 @@ def _open_arrays(tree: _Tree) -> dict[LeafPath, "_Array"]:
 def _spec(tree: _Tree, stored: LeafPath) -> dict[str, Any]:
     """What TensorStore opens."""
     name = ".".join(stored) + "/"
-    store: dict[str, Any] | str
+    store: dict[str, Any]
     if tree.metadata.get("use_ocdbt", True):
         base = key_value_store(tree.folder)
         store = {"driver": "ocdbt", "base": base, "path": name, "cache_pool": "cache_pool#nodes"}
@@ -239,12 +239,17 @@ def _spec(tree: _Tree, stored: LeafPath) -> dict[str, Any]:
     }
 
 
-def key_value_store(folder: epath.Path) -> dict[str, Any] | str:
+def key_value_store(folder: epath.Path) -> dict[str, Any]:
     """How TensorStore is told of a folder: a local one, or one of gs:// or s3://."""
     path = os.fspath(folder)
-    if "://" in path:
-        return f"{path}/"
-    return {"driver": "file", "path": f"{os.path.abspath(path)}/"}
+    scheme, separator, rest = path.partition("://")
+    if not separator:
+        return {"driver": "file", "path": f"{os.path.abspath(path)}/"}
+    drivers = {"gs": "gcs", "s3": "s3"}
+    if scheme not in drivers:
+        raise ValueError(f"{path}: Orbax checkpoints are read from local folders, gs:// and s3://")
+    bucket, _, inside = rest.partition("/")
+    return {"driver": drivers[scheme], "bucket": bucket, "path": f"{inside}/"}
 
 
 @contextmanager
