@@ -17,6 +17,9 @@ test: $(VENV)/.installed-dev  ## run the test suite
 lint: $(VENV)/.installed-dev  ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+# The folders as they lie in the installed package.
+	rm -rf build/typed && mkdir -p build/typed/mllama_jax
+	ln -s $(CURDIR)/mllama_jax/* $(CURDIR)/convert $(CURDIR)/train build/typed/mllama_jax
 	$(BIN)/mypy
 
 format: $(VENV)/.installed-dev  ## repair style

@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,6 +113,18 @@ def run(*command: str | os.PathLike) -> Run:
     return Run(time.monotonic() - started, usage.ru_maxrss * 1024)
 
 
+def settle() -> None:
+    """The same start for all: nothing left to write, nothing cached, freed memory given back.
+
+    A virtual machine returns freed memory to its host after a while; a process that runs right
+    after large files were removed would find its pages ready, and the next one would not.
+    """
+    os.sync()
+    with suppress(OSError):
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+    time.sleep(10)
+
+
 def measure(folder: Path, repeats: int, keep: bool) -> dict[str, list[Run]]:
     """`cp`, to Orbax and back, `repeats` times in turn."""
     source, copy, orbax, back = (folder / name for name in ("hf", "copy", "orbax", "back"))
@@ -122,12 +135,12 @@ def measure(folder: Path, repeats: int, keep: bool) -> dict[str, list[Run]]:
     for _ in range(repeats):
         for path in (copy, orbax, back):
             shutil.rmtree(path, ignore_errors=True)
-        os.sync()
+        settle()
         runs["cp"].append(run("cp", "-r", source, copy))
         shutil.rmtree(copy)
-        os.sync()
+        settle()
         runs["to Orbax"].append(run(*python, "convert", source, orbax, "--to", "orbax"))
-        os.sync()
+        settle()
         runs["back"].append(
             run(*python, "convert", orbax, back, "--to", "hf", "--max-shard-size", "1TB")
         )

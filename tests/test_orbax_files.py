@@ -202,12 +202,13 @@ def test_a_damaged_array_is_named_when_it_is_read(copy, damage):
         file.write_bytes(data[: start + 1000])
     else:
         file.unlink()
-    source = open_source(copy)
     name = "language_model.model.layers.5.mlp.up_proj.weight"
+    # The file may also hold what says where other chunks are, and then nothing can be opened.
+    opened = "|leaves can't be opened" if damage == "absent" else ""
     with pytest.raises(
-        CheckpointError, match=r"block_2/mlp/up_proj/kernel\[1\] can't be read"
+        CheckpointError, match=rf"block_2/mlp/up_proj/kernel\[1\] can't be read{opened}"
     ) as e:
-        read_whole(source.tensors[name])
+        read_whole(open_source(copy).tensors[name])
     assert "source locations" not in str(e.value)
 
 

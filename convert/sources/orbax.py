@@ -4,6 +4,7 @@ The arrays are read with TensorStore, region by region; Orbax's own functions gi
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +35,8 @@ STEPS = "checkpoints"
 _PARAMS = "params"
 _UNFINISHED = (".orbax-checkpoint-tmp", ".incomplete")
 _CONFIG_LEVELS = 4
+# A row of our own chunks, of several tensors.
+_CHUNK_CACHE_BYTES = 2**27
 _NODE_CACHE_BYTES = 2**26
 _ARRAYS = ("jax.Array", "np.ndarray")
 
@@ -192,10 +195,19 @@ def _config_folder(tree: epath.Path) -> epath.Path:
 
 
 def _open_arrays(tree: _Tree) -> dict[LeafPath, "_Array"]:
-    # Chunks are not kept: each is used once. What says where they are is small and used often.
+    """Opened twice: how much memory is needed for reading shows in how they are stored.
+
+    Neighbouring regions may lie in one chunk, and nothing less than a chunk can be read. Ours are
+    small, but Orbax itself makes a chunk of all that a device holds of a leaf, with all layers.
+    """
+    chunks = [array.chunk_bytes for array in _opened(tree, cache_bytes=0).values()]
+    return _opened(tree, max(_CHUNK_CACHE_BYTES, *(2 * size for size in chunks)))
+
+
+def _opened(tree: _Tree, cache_bytes: int) -> dict[LeafPath, "_Array"]:
     context = ts.Context(
         {
-            "cache_pool": {"total_bytes_limit": 0},
+            "cache_pool": {"total_bytes_limit": cache_bytes},
             "cache_pool#nodes": {"total_bytes_limit": _NODE_CACHE_BYTES},
         }
     )
@@ -271,6 +283,11 @@ class _Array:
         self._array, self._folder, self._name = array, folder, name
         self.shape: tuple[int, ...] = tuple(array.shape)
         self.dtype: np.dtype = array.dtype.numpy_dtype
+
+    @property
+    def chunk_bytes(self) -> int:
+        shape = self._array.chunk_layout.read_chunk.shape or ()
+        return math.prod(shape) * self.dtype.itemsize
 
     def layer(self, index: int) -> "_Array":
         return _Array(self._array[index], self._folder, f"{self._name}[{index}]")

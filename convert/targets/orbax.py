@@ -7,7 +7,9 @@ want a whole leaf in memory, and a leaf holds a tensor of all layers.
 import json
 import math
 import os
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ STATE = "state"
 
 _CHUNK_BYTES = 2**21
 _NODE_CACHE_BYTES = 2**26
+_WRITES_AT_ONCE = 8
 _BEING_WRITTEN = ".__lock"
 _MANIFEST = "manifest.ocdbt"
 _FLUSHED = "flushed.json"
@@ -74,6 +77,9 @@ class OrbaxTarget:
         self._places: dict[str, tuple[LeafPath, int | None]] = {}
         self._arrays: dict[LeafPath, ts.TensorStore] = {}
         self._flushed: set[Path] = set()
+        # TensorStore gathers what comes together into one file: the more is on its way, the fewer.
+        self._writes: deque[ts.Future[None]] = deque()
+        self._adding = threading.Lock()
         place = {name: number for number, name in enumerate(order)}
         by_reading = sorted(expected, key=lambda tensor: place.get(matched[tensor.hub][0], 0))
         self.outputs = tuple(self._output(tensor, *matched[tensor.hub]) for tensor in by_reading)
@@ -120,9 +126,23 @@ class OrbaxTarget:
         place = region if index is None else (index, *region)
         with operating_system_error():
             target = self._arrays[path][place]
-            target.write(values, can_reference_source_data_indefinitely=True).result()
+            write = target.write(values, can_reference_source_data_indefinitely=True)
+            with self._adding:
+                self._writes.append(write.commit)
+                oldest = self._writes.popleft() if len(self._writes) > _WRITES_AT_ONCE else None
+            if oldest is not None:
+                oldest.result()
+
+    def _wait(self) -> None:
+        """Returns when all that was handed to TensorStore is written."""
+        with self._adding:
+            writes = list(self._writes)
+        with operating_system_error():
+            for write in writes:
+                write.result()
 
     def flush(self) -> None:
+        self._wait()
         state = self._state
         # The manifest first: all that it refers to is there, and is flushed before it is noted as
         # what to go back to. One that other threads write meanwhile may refer to more.
@@ -136,6 +156,10 @@ class OrbaxTarget:
         _write_synced(state / _FLUSHED, json.dumps(record).encode())
 
     def close(self) -> None:
+        # Whatever is on its way comes to its end; who wanted to know of errors has flushed.
+        for write in self._writes:
+            write.exception()
+        self._writes.clear()
         self._arrays = {}
 
     def sha256(self) -> dict[str, str]:
@@ -143,6 +167,7 @@ class OrbaxTarget:
         return {}
 
     def finish(self, files: Mapping[str, bytes]) -> None:
+        self._wait()
         self.close()
         state = self._state
         _sync(state / _MANIFEST)

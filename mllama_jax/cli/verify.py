@@ -57,7 +57,8 @@ def verify(
         pairing = pair(open_source(a, revision=revision, base=base), b)
         with ByteProgress(pairing.num_bytes, "comparing") as bar:
             found = compare(pairing, atol=atol, rtol=rtol, workers=workers, progress=bar.add)
-    except (OSError, ValueError, ImportError) as error:  # 1, which main() would give, means "they differ"
+    except (OSError, ValueError, ImportError) as error:
+        # Status 1, which main() would give, means that they differ.
         print(f"mllama-jax: {error}", file=sys.stderr)
         sys.exit(2)
     print(json.dumps(found.to_json(), indent=2) if as_json else report(found))
