@@ -141,9 +141,7 @@ def measure(folder: Path, repeats: int, keep: bool) -> dict[str, list[Run]]:
         settle()
         runs["to Orbax"].append(run(*python, "convert", source, orbax, "--to", "orbax"))
         settle()
-        runs["back"].append(
-            run(*python, "convert", orbax, back, "--to", "hf", "--max-shard-size", "1TB")
-        )
+        runs["back"].append(run(*python, "convert", orbax, back, "--to", "hf"))
     check_same(source, back)
     if not keep:
         for path in (orbax, back):

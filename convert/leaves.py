@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import EllipsisType
 
 import jax.numpy as jnp
 import numpy as np
@@ -103,9 +104,8 @@ def _read_block(job: tuple[str, Regrouped, Region, Sequence[Aim]]) -> None:
             for one, other in zip(block, region, strict=True)
         )
         if all(axis.start < axis.stop for axis in common):
-            # An ellipsis, because of an array without axes an empty index is a copy.
-            target = result[(*_relative(common, region), ...)]
-            copy_cast(target, values[(*_relative(common, block), ...)], name)
+            target = result[_relative(common, region)]
+            copy_cast(target, values[_relative(common, block)], name)
 
 
 def _of_entry(aims: Sequence[Aim], entry: int) -> list[Aim]:
@@ -140,11 +140,14 @@ def _blocks(view: Regrouped, box: Region) -> list[Region]:
     ]
 
 
-def _relative(inner: Region, outer: Region) -> Region:
-    return tuple(
+def _relative(inner: Region, outer: Region) -> tuple[slice | EllipsisType, ...]:
+    """Where an outer region's array holds an inner region: the index of a view."""
+    axes = (
         slice(one.start - other.start, one.stop - other.start)
         for one, other in zip(inner, outer, strict=True)
     )
+    # An ellipsis, because of an array without axes an empty index is a copy.
+    return (*axes, ...)
 
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:

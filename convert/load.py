@@ -4,7 +4,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.traverse_util
 import jax
@@ -32,9 +32,11 @@ from mllama_jax.sharding import param_shardings
 # Up to this many bytes of earlier leaves may be on their way to devices while the next is read.
 _UNDER_WAY_BYTES = 2**29
 
+Model = TypeVar("Model", bound=PretrainedModule)
+
 
 def load_pretrained(
-    model_cls: type[PretrainedModule],
+    model_cls: type[Model],
     path: str | os.PathLike,
     *,
     dtype: Any = "float32",
@@ -42,7 +44,7 @@ def load_pretrained(
     mesh: Mesh | None = None,
     revision: str | None = None,
     **fields: Any,
-) -> tuple[PretrainedModule, Params]:
+) -> tuple[Model, Params]:
     """A model and its parameters out of a checkpoint of any format that `open_source` takes.
 
     Args:
@@ -171,7 +173,7 @@ def _placed(leaf: Leaf, regions: list[Region], sharding: Sharding | None) -> jax
     return jax.make_array_from_callback(
         leaf.shape,
         sharding,
-        lambda index: held[_key(resolved(index, leaf.shape))],
+        lambda index: held[_key(resolved(index or (), leaf.shape))],
         dtype=leaf.dtype,
     )
 

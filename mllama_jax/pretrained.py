@@ -1,6 +1,6 @@
 """What every model class offers: parameters from scratch, from and to a checkpoint."""
 
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import flax.linen as nn
 import jax
@@ -11,6 +11,9 @@ from jax.typing import DTypeLike
 from mllama_jax.attention import AttentionKind, check_attention_kind
 from mllama_jax.configs import MllamaConfig, MllamaTextConfig, MllamaVisionConfig
 from mllama_jax.shapes import Array
+
+if TYPE_CHECKING:
+    from mllama_jax.convert.table import Component
 
 Params = dict[str, Any]
 """Nested dictionaries of arrays."""
@@ -37,7 +40,7 @@ class PretrainedModule(nn.Module):
     attention: AttentionKind = "xla"
     remat: bool = False
 
-    component: ClassVar[str]
+    component: ClassVar["Component"]
     """The part of a full checkpoint that this class holds."""
 
     def __post_init__(self) -> None:

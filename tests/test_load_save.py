@@ -19,6 +19,7 @@ from tiny_checkpoint import (
     stored,
     tiny_config,
 )
+from tiny_reference import PATTERNS, reference_model
 from transformers.models import mllama as hf
 
 import mllama_jax as mj
@@ -28,22 +29,6 @@ from mllama_jax.convert.sources.safetensors_files import StoredTensor
 from mllama_jax.convert.table import COMPONENTS, row_of
 
 PARTS = ("language_model", "text_model", "vision_model")
-PATTERNS = {"periodic": (1, 4), "aperiodic": (0, 1, 4)}
-
-
-def reference_model(
-    cross_attention_layers: tuple[int, ...], dtype: torch.dtype = torch.float32
-) -> hf.MllamaForConditionalGeneration:
-    """transformers' model with every parameter random, gates among them."""
-    values = tiny_config(
-        cross_attention_layers=cross_attention_layers, rope_scaling={"rope_type": "default"}
-    ).to_dict()
-    model = hf.MllamaForConditionalGeneration(hf.MllamaConfig.from_dict(values))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(generator=generator)
-    return model.to(dtype)
 
 
 @pytest.fixture(scope="module")

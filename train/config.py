@@ -5,7 +5,7 @@ import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import omegaconf
 from etils import epath
@@ -161,7 +161,7 @@ def load_config(file: epath.PathLike, overrides: Sequence[str] = ()) -> TrainCon
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
             raise ConfigError(f"{file}: required but not given: {', '.join(missing)}")
-        return OmegaConf.to_object(config)
+        return cast(TrainConfig, OmegaConf.to_object(config))
     except omegaconf.errors.OmegaConfBaseException as error:  # an interpolation, ${...}
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{file}: {error.full_key}: {reason}") from error
@@ -175,7 +175,8 @@ def to_yaml(config: TrainConfig) -> str:
 def differences(before: str, after: TrainConfig) -> list[str]:
     """`key: old -> new` for each setting in which a saved YAML text and a configuration differ."""
     texts = (before, to_yaml(after))
-    old, new = (_flatten(OmegaConf.to_container(OmegaConf.create(text))) for text in texts)
+    parsed = (_mapping(OmegaConf.create(text), "the saved configuration") for text in texts)
+    old, new = map(_flatten, parsed)
     return [
         f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
         for key in sorted({*old, *new})
@@ -188,18 +189,23 @@ def _parse_yaml(file: epath.Path) -> Mapping:
         values = OmegaConf.create(file.read_text())
     except Exception as error:  # the YAML library's and OmegaConf's errors share no base class
         raise ConfigError(f"{file}: not readable as YAML: {error}") from error
-    if not isinstance(values, omegaconf.DictConfig):
-        raise ConfigError(f"{file}: expected `key: value` lines, found a list")
-    return OmegaConf.to_container(values)
+    return _mapping(values, str(file))
 
 
 def _parse_word(word: str) -> Mapping:
     if "=" not in word:
         raise ConfigError(f"{word!r}: expected key=value, such as optimizer.learning_rate=2e-3")
     try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist([word]))
+        return _mapping(OmegaConf.from_dotlist([word]), word)
     except Exception as error:  # as above: the value is read as YAML
         raise ConfigError(f"{word!r}: the value is not readable as YAML: {error}") from error
+
+
+def _mapping(values: omegaconf.DictConfig | omegaconf.ListConfig, source: str) -> Mapping:
+    plain = OmegaConf.to_container(values)
+    if not isinstance(plain, Mapping):
+        raise ConfigError(f"{source}: expected `key: value` lines, found a list")
+    return plain
 
 
 def _merged(sources: Sequence[tuple[str, Mapping]]) -> tuple[Any, list[str]]:
@@ -232,8 +238,12 @@ def _known(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every key, sections among them, with its type."""
     for item in dataclasses.fields(schema):
         yield prefix + item.name, item.type
-        if dataclasses.is_dataclass(item.type):
+        if _is_section(item.type):
             yield from _known(item.type, f"{prefix}{item.name}.")
+
+
+def _is_section(kind: object) -> TypeGuard[type]:
+    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
 
 
 def _key_problems(schema: type, values: Mapping, prefix: str = "") -> Iterator[str]:
@@ -241,13 +251,13 @@ def _key_problems(schema: type, values: Mapping, prefix: str = "") -> Iterator[s
     for key, value in values.items():
         if key not in fields:
             yield f"unknown key {f'{prefix}{key}'!r}{_suggestion(f'{prefix}{key}')}"
-        elif not dataclasses.is_dataclass(fields[key]):
+        elif not _is_section(kind := fields[key]):
             if isinstance(value, Mapping):
-                yield f"{prefix}{key} is {value!r}; expected {_TYPE_NAMES[fields[key]]}"
+                yield f"{prefix}{key} is {value!r}; expected {_TYPE_NAMES[kind]}"
         elif isinstance(value, Mapping):
-            yield from _key_problems(fields[key], value, f"{prefix}{key}.")
+            yield from _key_problems(kind, value, f"{prefix}{key}.")
         else:
-            inside = ", ".join(item.name for item in dataclasses.fields(fields[key]))
+            inside = ", ".join(item.name for item in dataclasses.fields(kind))
             yield f"{prefix}{key} is {value!r}; expected a section with any of {inside}"
 
 

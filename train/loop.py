@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 from etils import epath
 
+from mllama_jax.attention import AttentionKind
 from mllama_jax.generation.config import GenerationConfig
 from mllama_jax.model import MllamaForConditionalGeneration
 from mllama_jax.pretrained import Params
@@ -48,7 +50,7 @@ def train(config: TrainConfig) -> list[Score]:
         config.model.path,
         dtype=config.model.dtype,
         param_dtype=config.model.param_dtype,
-        attention=config.model.attention,
+        attention=cast(AttentionKind, config.model.attention),  # TrainConfig checks it
     )
     model = model.clone(remat=config.model.remat)
 
@@ -201,5 +203,5 @@ def _save_settings(
 ) -> None:
     """Writes tokenizer, chat template, image processor settings and generation settings."""
     processor.save_pretrained(folder)
-    generation = model.generation_config or GenerationConfig.from_model_config(model.config)
+    generation = model.generation_config or GenerationConfig.from_model_config(model.full_config)
     generation.save_pretrained(folder)

@@ -1,6 +1,7 @@
 """One training step: loss, gradients, AdamW. Pure functions over one state."""
 
 from functools import partial
+from typing import Any, cast
 
 import flax.struct
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from mllama_jax.loss import IGNORED_LABEL
+from mllama_jax.outputs import CausalLMOutputWithPast
 from mllama_jax.pretrained import Params, PretrainedModule
 from mllama_jax.shapes import Array
 from mllama_jax.train.config import OptimizerConfig
@@ -96,7 +98,11 @@ def train_step(
     """
 
     def loss_of(params: Params) -> Array:
-        return model.apply({"params": params}, **batch, use_cache=False).loss
+        inputs: Any = batch  # none of them is one of apply's own arguments
+        output = model.apply({"params": params}, **inputs, use_cache=False)
+        loss = cast(CausalLMOutputWithPast, output).loss
+        assert loss is not None  # a batch has labels
+        return loss
 
     loss, grads = jax.value_and_grad(loss_of)(state.params)
     updates, opt_state = make_optimizer(config, steps).update(grads, state.opt_state, state.params)
@@ -107,9 +113,10 @@ def train_step(
         "grad_norm": optax.tree.norm(grads),
         "learning_rate": jnp.asarray(learning_rates(config, steps)(state.step), jnp.float32),
     }
-    new_state = state.replace(
+    new_state = TrainState(
         step=state.step + 1,
         params=optax.apply_updates(state.params, updates),
         opt_state=opt_state,
+        rng=state.rng,
     )
     return new_state, metrics

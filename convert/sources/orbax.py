@@ -16,6 +16,7 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
+from mllama_jax.cloud import is_cloud
 from mllama_jax.convert.journal import JOURNAL_NAME
 from mllama_jax.convert.lazy import LazyTensor, Region
 from mllama_jax.convert.mismatch import describe
@@ -287,7 +288,8 @@ class _Array:
     @property
     def chunk_bytes(self) -> int:
         shape = self._array.chunk_layout.read_chunk.shape or ()
-        return math.prod(shape) * self.dtype.itemsize
+        # None is a size that is not known.
+        return math.prod(size or 1 for size in shape) * self.dtype.itemsize
 
     def layer(self, index: int) -> "_Array":
         return _Array(self._array[index], self._folder, f"{self._name}[{index}]")
@@ -347,8 +349,15 @@ def _in_hub_layout(
 
 
 def _weight_files(tree: epath.Path) -> tuple[epath.Path, ...]:
-    """All files of a tree."""
+    """All files of a tree, the oldest first: in that order their contents were written."""
     found: list[epath.Path] = []
-    for path in sorted(tree.iterdir()):
-        found += _weight_files(path) if path.is_dir() else [path]
-    return tuple(found)
+    folders = [tree]
+    for folder in folders:
+        for path in folder.iterdir():
+            (folders if path.is_dir() else found).append(path)
+    return tuple(sorted(found, key=lambda file: (_written_at(file), os.fspath(file))))
+
+
+def _written_at(file: epath.Path) -> float:
+    # epath's own time of a local file is in whole seconds.
+    return file.stat().mtime if is_cloud(file) else os.stat(file).st_mtime_ns / 1e9

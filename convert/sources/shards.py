@@ -66,16 +66,16 @@ def find_weights(folder: str | os.PathLike) -> Weights:
         CheckpointError: an index that names absent files or tensors, or leaves out tensors;
             truncated or damaged files; a tensor that two files hold. All of it in one message.
     """
-    folder = epath.Path(folder)
+    path = epath.Path(folder)
     for kind in (SAFETENSORS, TORCH):
         problems: list[str] = []
-        files, weight_map = _files(folder, kind, problems)
+        files, weight_map = _files(path, kind, problems)
         if files or problems:
-            tensors = _read_all(folder, kind, files, weight_map, problems)
+            tensors = _read_all(path, kind, files, weight_map, problems)
             return Weights(kind, tensors, tuple(files))
-    beside = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
+    beside = sorted(file.name for file in path.iterdir()) if path.is_dir() else []
     raise FileNotFoundError(
-        f"{os.fspath(folder)}: no {SAFETENSORS.single}, {SAFETENSORS.index}, other *.safetensors "
+        f"{os.fspath(path)}: no {SAFETENSORS.single}, {SAFETENSORS.index}, other *.safetensors "
         f"or {TORCH.single}; found "
         + (", ".join(beside[:12]) + (", …" if len(beside) > 12 else "") or "nothing")
     )

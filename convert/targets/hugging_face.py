@@ -105,7 +105,7 @@ class HuggingFaceTarget:
             self._files[shard.name].append(shard.header)
             self._current = shard
         # reshape(-1): a view as bytes needs an axis.
-        self._files[shard.name].append(values.reshape(-1).view(np.uint8))
+        self._files[shard.name].append(values.reshape(-1).view(np.uint8).data)
 
     def flush(self) -> None:
         shard = self._current

@@ -201,7 +201,7 @@ class MetaTarget:
             self._file.append(record.header)
             self._checksum, self._left = 0, record.num_bytes
         # reshape(-1): a view as bytes needs an axis.
-        data = values.reshape(-1).view(np.uint8)
+        data = values.reshape(-1).view(np.uint8).data
         self._file.append(data)
         self._checksum = zlib.crc32(data, self._checksum)
         self._left -= data.nbytes

@@ -123,7 +123,7 @@ class OrbaxTarget:
 
     def write(self, output: Output, region: Region, values: np.ndarray) -> None:
         path, index = self._places[output.name]
-        place = region if index is None else (index, *region)
+        place: tuple[slice | int, ...] = region if index is None else (index, *region)
         with operating_system_error():
             target = self._arrays[path][place]
             write = target.write(values, can_reference_source_data_indefinitely=True)

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import BinaryIO
 
-import numpy as np
 from etils import epath
 
 _CHUNK_BYTES = 2**22
@@ -58,14 +57,14 @@ class StreamedFile:
             num_bytes -= len(data)
             yield data
 
-    def append(self, data: bytes | np.ndarray) -> None:
-        """Writes bytes, or an array of them, which must not change any more."""
+    def append(self, data: bytes | memoryview) -> None:
+        """Writes bytes, which must not change any more."""
         assert self._stream is not None
         if self._hashing is not None:
             self._hashing.result()
         # Beside writing: each takes about as long as the other.
-        self._hashing = self._hasher.submit(self._hash.update, memoryview(data))
-        self._stream.write(memoryview(data))
+        self._hashing = self._hasher.submit(self._hash.update, data)
+        self._stream.write(data)
 
     def flush(self) -> None:
         """Returns when what was appended is on disk."""

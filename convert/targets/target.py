@@ -47,13 +47,16 @@ class Target(Protocol):
     is. The names of unfinished files and folders end in `.incomplete`.
 
     Attributes:
-        outputs: in the order in which they are best written.
         ordered: blocks must be written one after the other, in the order of `outputs`; otherwise
             several threads may write at once and in any order.
     """
 
-    outputs: Sequence[Output]
     ordered: bool
+
+    @property
+    def outputs(self) -> Sequence[Output]:
+        """In the order in which they are best written."""
+        ...
 
     def start(self, done: Collection[str]) -> None:
         """Opens the unfinished files.

@@ -1,11 +1,13 @@
 """``mllama-jax convert``: a checkpoint of one format becomes one of another."""
 
+import ctypes
 import json
 import resource
 import shlex
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -104,9 +106,22 @@ def convert(
     if dry_run:
         print(json.dumps(mapping_json(plan), indent=2) if as_json else mapping(plan))
         return
+    _keep_freed_memory()
     with ByteProgress(plan.total_bytes, "converting") as bar:
         done = run_plan(plan, workers=workers, progress=_after_the_first(bar))
     print(json.dumps(report_json(plan, done), indent=2) if as_json else report(plan, done))
+
+
+def _keep_freed_memory() -> None:
+    """Lets the C library use the memory of one block for the next.
+
+    It would give each back to the system and ask for it anew, which takes a tenth of the time.
+    """
+    with suppress(OSError, AttributeError):  # where it is not glibc
+        library = ctypes.CDLL("libc.so.6")
+        trim_threshold, mmap_threshold = -1, -3
+        library.mallopt(trim_threshold, 2**30)
+        library.mallopt(mmap_threshold, 2**30)
 
 
 def _after_the_first(bar: "ByteProgress") -> Callable[[int], None]:

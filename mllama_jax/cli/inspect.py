@@ -1,7 +1,8 @@
 """``mllama-jax inspect``: what a checkpoint is, and what is odd about it."""
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -91,7 +92,7 @@ def _head(found: "Inspection") -> list[str]:
     return [found.path, indented(columns(rows))]
 
 
-def _origin(provenance: dict) -> list[tuple[str, str]]:
+def _origin(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What a converter noted about where this came from; the file may be anyone's."""
     tool, source = provenance.get("tool"), provenance.get("source")
     rows = []
