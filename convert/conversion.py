@@ -19,11 +19,9 @@ from mllama_jax.convert.hashing import SourceHashes
 from mllama_jax.convert.journal import Journal
 from mllama_jax.convert.pipeline import run
 from mllama_jax.convert.plan import Format, Plan, plan_conversion
+from mllama_jax.convert.progress import size
 from mllama_jax.convert.targets.folders import is_placing, place, unmark
 from mllama_jax.convert.targets.target import Output
-
-# What the file system itself needs for a folder of large files.
-_DISK_MARGIN = 2**26
 
 
 @dataclass(frozen=True)
@@ -172,6 +170,8 @@ def _stream(
 ) -> None:
     """Writes what is not written yet, and puts everything in its place."""
     if not state.resumed:
+        # What an earlier conversion left of its last step would be taken for this one's.
+        unmark(epath.Path(plan.folder))
         journal.begin(plan.fingerprint)
     plan.target.start(state.done)
 
@@ -214,11 +214,13 @@ def _check_disk(plan: Plan, done: set[str]) -> None:
     while not parent.exists():
         parent = parent.parent
     free = shutil.disk_usage(parent).free
-    needed = _DISK_MARGIN + sum(o.num_bytes for o in plan.outputs if o.name not in done)
+    needed = sum(o.num_bytes for o in plan.outputs if o.name not in done)
+    # The file system needs some for itself, and there are files besides the tensors.
+    needed += plan.total_bytes // 100 + 2**20
     if needed > free:
         raise OSError(
-            f"{plan.folder}: the result takes {needed / 1e9:.1f} GB more, but {free / 1e9:.1f} GB "
-            "are free; nothing was written"
+            f"{plan.folder}: the result takes {size(needed)} more, but {size(free)} are free; "
+            "nothing was written"
         )
 
 
