@@ -176,6 +176,8 @@ def test_unfinished_checkpoints_are_refused(copy):
         with pytest.raises(CheckpointError, match="is an unfinished checkpoint"):
             open_source(copy.parent / name)
     (copy / "conversion.incomplete").touch()
+    open_source(copy)  # it is whole, and only the last step is missing
+    (copy / "config.json").unlink()
     with pytest.raises(CheckpointError, match="unfinished conversion; run the same command again"):
         open_source(copy)
 

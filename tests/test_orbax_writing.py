@@ -225,7 +225,7 @@ def test_what_was_flushed_outlasts_a_crash_of_the_machine(tmp_path):
     write_some(target, 50, 90)
     target.close()
     lost = set((state / "d").iterdir()) - flushed
-    assert len(lost) >= 5
+    assert lost
     for file in lost:
         file.write_bytes(b"")
     (state / "d" / "half.__lock").write_bytes(b"half")
@@ -261,6 +261,7 @@ def test_a_full_disk_is_an_error_of_the_system(tmp_path):
     try:
         with pytest.raises(OSError, match="File too large") as error:
             write_some(target, 0, None)
+            target.flush()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert error.value.errno == errno.EFBIG

@@ -133,7 +133,8 @@ def _refuse_unfinished(folder: epath.Path) -> None:
         raise CheckpointError(
             f"{folder} is an unfinished checkpoint: the process that wrote it was stopped"
         )
-    if (folder / JOURNAL_NAME).exists():
+    # With a config.json, what lies there is whole: the result, or what it is to replace.
+    if (folder / JOURNAL_NAME).exists() and not (folder / "config.json").exists():
         raise CheckpointError(
             f"{folder} is an unfinished conversion; run the same command again to finish it"
         )

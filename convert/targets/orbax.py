@@ -37,7 +37,7 @@ STATE = "state"
 
 _CHUNK_BYTES = 2**21
 _NODE_CACHE_BYTES = 2**26
-_WRITES_AT_ONCE = 8
+_BYTES_AT_ONCE = 2**27
 _BEING_WRITTEN = ".__lock"
 _MANIFEST = "manifest.ocdbt"
 _FLUSHED = "flushed.json"
@@ -78,7 +78,7 @@ class OrbaxTarget:
         self._arrays: dict[LeafPath, ts.TensorStore] = {}
         self._flushed: set[Path] = set()
         # TensorStore gathers what comes together into one file: the more is on its way, the fewer.
-        self._writes: deque[ts.Future[None]] = deque()
+        self._writes: deque[tuple[ts.Future[None], int]] = deque()
         self._adding = threading.Lock()
         place = {name: number for number, name in enumerate(order)}
         by_reading = sorted(expected, key=lambda tensor: place.get(matched[tensor.hub][0], 0))
@@ -127,18 +127,31 @@ class OrbaxTarget:
         with operating_system_error():
             target = self._arrays[path][place]
             write = target.write(values, can_reference_source_data_indefinitely=True)
-            with self._adding:
-                self._writes.append(write.commit)
-                oldest = self._writes.popleft() if len(self._writes) > _WRITES_AT_ONCE else None
-            if oldest is not None:
-                oldest.result()
+            self._add(write.commit, values.nbytes)
+
+    def _add(self, write: "ts.Future[None]", num_bytes: int) -> None:
+        """Notes a write, and waits for old ones if too much is on its way."""
+        with self._adding:
+            self._writes.append((write, num_bytes))
+            excess = sum(size for _, size in self._writes) - _BYTES_AT_ONCE
+            old = []
+            for earlier, size in self._writes:
+                if excess > 0:
+                    old.append(earlier)
+                    excess -= size
+        for earlier in old:
+            earlier.result()
+        # Only now: who flushes meanwhile has to wait for these as well.
+        with self._adding:
+            while self._writes and self._writes[0][0].done():
+                self._writes.popleft()[0].result()
 
     def _wait(self) -> None:
         """Returns when all that was handed to TensorStore is written."""
         with self._adding:
             writes = list(self._writes)
         with operating_system_error():
-            for write in writes:
+            for write, _ in writes:
                 write.result()
 
     def flush(self) -> None:
@@ -157,7 +170,7 @@ class OrbaxTarget:
 
     def close(self) -> None:
         # Whatever is on its way comes to its end; who wanted to know of errors has flushed.
-        for write in self._writes:
+        for write, _ in self._writes:
             write.exception()
         self._writes.clear()
         self._arrays = {}
