@@ -256,12 +256,16 @@ def test_a_full_disk_is_an_error_of_the_system(tmp_path):
     """The limit on a file's size stands in for the disk's."""
     target = make_target(tmp_path, 1)
     target.start(())
+
+    def write_all() -> None:
+        write_some(target, 0, None)
+        target.flush()
+
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         with pytest.raises(OSError, match="File too large") as error:
-            write_some(target, 0, None)
-            target.flush()
+            write_all()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert error.value.errno == errno.EFBIG
