@@ -90,7 +90,7 @@ def write_checkpoint(folder: Path, config: MllamaConfig, num_shards: int) -> int
     if not (folder / "config.json").exists():
         target = HuggingFaceTarget(folder, outputs, max_shard_size=-(-total // num_shards) + 2**29)
         config_file = json_bytes(config_json(config, "model", [(BFLOAT16, 1)]))
-        write_at_once(target, epath.Path(folder), lambda: {"config.json": config_file})
+        write_at_once(target, epath.Path(folder), {"config.json": config_file})
     return total
 
 

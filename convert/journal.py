@@ -31,10 +31,10 @@ class Journal:
                 break
         return (lines[0], lines[1:]) if lines else (None, [])
 
-    def begin(self, plan: Mapping[str, Any], entries: Iterable[Mapping[str, Any]] = ()) -> None:
-        """Writes a journal with a plan and the entries that are known already."""
+    def begin(self, plan: Mapping[str, Any]) -> None:
+        """Writes a journal with a plan alone."""
         unfinished = self.path.with_name(f"{JOURNAL_NAME}.new")
-        unfinished.write_text("".join(json.dumps(line) + "\n" for line in (plan, *entries)))
+        unfinished.write_text(json.dumps(plan) + "\n")
         _sync(unfinished)
         unfinished.replace(self.path)
 

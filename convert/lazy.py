@@ -152,25 +152,6 @@ class Concatenated:
 
 
 @dataclass(frozen=True)
-class Stacked:
-    """Tensors of one shape and dtype, on a new leading axis."""
-
-    parts: tuple[LazyTensor, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (len(self.parts), *self.parts[0].shape)
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.parts[0].dtype
-
-    def read(self, region: Region) -> np.ndarray:
-        first, *inner = region
-        return np.stack([part.read(tuple(inner)) for part in self.parts[first]])
-
-
-@dataclass(frozen=True)
 class Cast:
     """A tensor in another dtype."""
 

@@ -82,7 +82,7 @@ def make_leaf(
     views = []
     for part in parts:
         name, stored = matched[part.hub]
-        views.append((name, Regrouped(stored, part.axes, part.sizes)))
+        views.append((name, part.to_ours(stored)))
     dtype = dtype or widest({view.dtype for _, view in views})
     return Leaf(parts[0].leaf_shape, dtype, tuple(views), parts[0].index is not None)
 

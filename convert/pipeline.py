@@ -60,19 +60,17 @@ def run(
         target.close()
 
 
-def write_at_once(
-    target: Target, folder: epath.Path, files: Callable[[], Mapping[str, bytes]]
-) -> None:
+def write_at_once(target: Target, folder: epath.Path, files: Mapping[str, bytes]) -> None:
     """Writes all of a result in one go: if that fails, nothing is left to go on from.
 
     Args:
         folder: the target's.
-        files: what goes with the weights; asked for when these are written.
+        files: what goes with the weights.
     """
     target.start(done=())
     try:
         run(target, done=(), workers=1, on_bytes=lambda _: None, on_flushed=lambda _: None)
-        target.finish(files())
+        target.finish(files)
     except BaseException:
         if not is_placing(folder):
             remove_unfinished(folder)

@@ -14,7 +14,6 @@ from mllama_jax.convert.lazy import Region, whole
 from mllama_jax.convert.matching import PARAMETER_DTYPES
 from mllama_jax.convert.mismatch import describe
 from mllama_jax.convert.pipeline import write_at_once
-from mllama_jax.convert.regrouped import Regrouped, reversed_axes
 from mllama_jax.convert.table import COMPONENTS, Component, Config, Path, Tensor, tensors
 from mllama_jax.convert.targets.hugging_face import HuggingFaceTarget
 from mllama_jax.convert.targets.target import Output
@@ -52,12 +51,12 @@ def save_params(
     outputs = [_output(tensor, leaves[tensor.path]) for tensor in expected]
     target = HuggingFaceTarget(folder, outputs, max_shard_size=max_shard_size)
     sizes = [(np.dtype(leaf.dtype), leaf.size) for leaf in leaves.values()]
-    config_file = json_bytes(config_json(config, component, sizes))
-    write_at_once(target, epath.Path(folder), lambda: {"config.json": config_file})
+    files = {"config.json": json_bytes(config_json(config, component, sizes))}
+    write_at_once(target, epath.Path(folder), files)
 
 
 def _output(tensor: Tensor, leaf: Any) -> Output:
-    values = Regrouped(_Entry(leaf, tensor.index), reversed_axes(tensor.axes), tensor.sizes)
+    values = tensor.to_hub(_Entry(leaf, tensor.index))
     # One block: an array on a device is fetched once.
     blocks = (whole(values.shape),)
     return Output(tensor.saved, tensor.saved, values, np.dtype(leaf.dtype), blocks)

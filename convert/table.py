@@ -11,17 +11,15 @@ Besides the legend's letters: `rows` embedding rows, `O` channels of the vision 
 sides of a patch, 1 an axis of one entry.
 """
 
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-import einops
-import numpy as np
-
 from mllama_jax.configs import MllamaConfig, MllamaTextConfig, MllamaVisionConfig
+from mllama_jax.convert.lazy import LazyTensor
+from mllama_jax.convert.regrouped import Regrouped, groups, reversed_axes, shape_of
 
 MAPPING_VERSION = 1
 """Raised when the same checkpoint would become other values or another tree."""
@@ -231,14 +229,13 @@ class Tensor:
         """The shape of the whole leaf."""
         return self.shape if self.stack_size is None else (self.stack_size, *self.shape)
 
-    def to_ours(self, tensor: np.ndarray) -> np.ndarray:
-        """From the checkpoint's axes to ours: a view where strides allow it."""
-        return einops.rearrange(tensor, self.axes, **dict(self.sizes))
+    def to_ours(self, stored: LazyTensor) -> Regrouped:
+        """The checkpoint's tensor in our axes."""
+        return Regrouped(stored, self.axes, self.sizes)
 
-    def to_hub(self, values: np.ndarray) -> np.ndarray:
+    def to_hub(self, values: LazyTensor) -> Regrouped:
         """The inverse of `to_ours`."""
-        hub, ours = self.axes.split(" -> ")
-        return einops.rearrange(values, f"{ours} -> {hub}", **dict(self.sizes))
+        return Regrouped(values, reversed_axes(self.axes), self.sizes)
 
 
 def tensors(config: Config, component: Component) -> tuple[Tensor, ...]:
@@ -332,10 +329,7 @@ def _axis_sizes(row: Row, config: Config) -> dict[str, int]:
 
 def _shape(axes: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """`"(N H) D"` -> the lengths of these axes."""
-    return tuple(
-        math.prod(1 if axis == "1" else sizes[axis] for axis in group.strip("()").split())
-        for group in re.findall(r"\([^)]*\)|\S+", axes)
-    )
+    return shape_of(groups(axes), {**sizes, "1": 1})
 
 
 def part_config(config: Config, component: Component) -> Config:

@@ -40,4 +40,4 @@ def write_folder(
 ) -> None:
     target = HuggingFaceTarget(folder, tuple(outputs), **options)
     files = {"config.json": json.dumps(config).encode()}
-    write_at_once(target, epath.Path(folder), lambda: files)
+    write_at_once(target, epath.Path(folder), files)

@@ -216,7 +216,7 @@ def test_regions_are_read_in_small_blocks_and_with_gaps(path, monkeypatch):
     matched = {
         part.hub: (
             part.hub,
-            ArrayTensor(part.to_hub(expected if part.index is None else expected[part.index])),
+            part.to_hub(ArrayTensor(expected if part.index is None else expected[part.index])),
         )
         for part in parts
     }

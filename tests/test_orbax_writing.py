@@ -20,7 +20,7 @@ from tiny_checkpoint import arrays, assert_equal_trees, random_params, save_tens
 
 from mllama_jax.configs import MllamaConfig, MllamaVisionConfig
 from mllama_jax.convert import convert
-from mllama_jax.convert.lazy import ArrayTensor, Region, extent
+from mllama_jax.convert.lazy import ArrayTensor, LazyTensor, Region, extent
 from mllama_jax.convert.parts import RELEASED
 from mllama_jax.convert.pipeline import prepare, write_at_once
 from mllama_jax.convert.table import Tensor, tensors
@@ -185,9 +185,9 @@ def make_target(folder: Path, seed: int) -> OrbaxTarget:
     params = flax.traverse_util.flatten_dict(random_params(CONFIG, seed=seed))
     expected = tensors(CONFIG, "model")
 
-    def values(tensor: Tensor) -> ArrayTensor:
+    def values(tensor: Tensor) -> LazyTensor:
         leaf = params[tensor.path]
-        return ArrayTensor(tensor.to_hub(leaf if tensor.index is None else leaf[tensor.index]))
+        return tensor.to_hub(ArrayTensor(leaf if tensor.index is None else leaf[tensor.index]))
 
     matched = {tensor.hub: (tensor.hub, values(tensor)) for tensor in expected}
     return OrbaxTarget(folder, expected, matched, lambda _: np.dtype(np.float32), list(matched))
@@ -202,7 +202,7 @@ def write_some(target: OrbaxTarget, start: int, stop: int | None) -> list[str]:
 
 
 def test_an_earlier_checkpoint_stays_until_the_end(tmp_path):
-    write_at_once(make_target(tmp_path, 1), epath.Path(tmp_path), dict)
+    write_at_once(make_target(tmp_path, 1), epath.Path(tmp_path), {})
     target = make_target(tmp_path, 2)
     target.start(())
     write_some(target, 0, None)

@@ -20,7 +20,6 @@ from mllama_jax.cloud import is_cloud
 from mllama_jax.convert.journal import JOURNAL_NAME
 from mllama_jax.convert.lazy import LazyTensor, Region
 from mllama_jax.convert.mismatch import describe
-from mllama_jax.convert.regrouped import Regrouped, reversed_axes
 from mllama_jax.convert.sources.carried import carried_files, unused_tensors
 from mllama_jax.convert.sources.source import CheckpointError, Source
 from mllama_jax.convert.table import COMPONENTS, ROWS, Component, Tensor, tensors
@@ -345,7 +344,7 @@ def _in_hub_layout(
     for path, parts in by_leaf.items():
         for tensor in parts:
             array = arrays[path] if tensor.index is None else arrays[path].layer(tensor.index)
-            found[tensor.hub] = Regrouped(array, reversed_axes(tensor.axes), tensor.sizes)
+            found[tensor.hub] = tensor.to_hub(array)
     return found
 
 

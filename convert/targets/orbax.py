@@ -20,7 +20,7 @@ from etils import epath
 
 from mllama_jax.convert.lazy import LazyTensor, Region
 from mllama_jax.convert.leaves import widest
-from mllama_jax.convert.regrouped import Regrouped, groups
+from mllama_jax.convert.regrouped import groups
 from mllama_jax.convert.sources.orbax import TREE_FILE, key_value_store, operating_system_error
 from mllama_jax.convert.table import Path as LeafPath
 from mllama_jax.convert.table import Tensor
@@ -88,7 +88,7 @@ class OrbaxTarget:
         leaf = self._leaves[tensor.path]
         name = "/".join(tensor.path) + ("" if tensor.index is None else f"[{tensor.index}]")
         self._places[name] = tensor.path, tensor.index
-        view = Regrouped(values, tensor.axes, tensor.sizes)
+        view = tensor.to_ours(values)
         chunk = leaf.chunk[1:] if leaf.stacked else leaf.chunk
         axis = _outermost_stored(tensor.axes)
         blocks = row_blocks(view.shape, leaf.dtype, axis=axis, multiple=chunk[axis])

@@ -174,7 +174,7 @@ def test_there_and_back(tensors, tmp_path, dtype):
     source = opened(meta_release.write(tmp_path / "release", [tensors]))
     folder = tmp_path / "back"
     target = target_of(source, folder, unused=source.unused)
-    write_at_once(target, epath.Path(folder), dict)
+    write_at_once(target, epath.Path(folder), {})
     file = folder / "consolidated.00.pth"
     found = torch.load(file, mmap=True, weights_only=True)
     assert found.keys() == tensors.keys()
@@ -191,7 +191,7 @@ def test_there_and_back(tensors, tmp_path, dtype):
 def test_metas_model_loads_what_is_written(release, expected, tmp_path):
     """Without the table entries that nothing uses, as from a Hugging Face folder."""
     target = target_of(opened(release), tmp_path / "back")
-    write_at_once(target, epath.Path(tmp_path / "back"), dict)
+    write_at_once(target, epath.Path(tmp_path / "back"), {})
     model = meta_release.model()
     state = torch.load(tmp_path / "back/consolidated.00.pth", weights_only=True)
     model.load_state_dict(state, strict=True)
@@ -203,7 +203,7 @@ def test_metas_model_loads_what_is_written(release, expected, tmp_path):
 def test_resumed(release, tmp_path, kept):
     source = opened(release)
     whole, folder = tmp_path / "whole", tmp_path / "resumed"
-    write_at_once(target_of(source, whole), epath.Path(whole), dict)
+    write_at_once(target_of(source, whole), epath.Path(whole), {})
     first = target_of(source, folder)
     first.start(())
     done = [output.name for output in first.outputs[:kept]]
