@@ -270,11 +270,17 @@ write_folder(sys.argv[1], [one, two], {})
         [sys.executable, "-c", script, tmp_path], stdout=subprocess.PIPE, text=True, cwd=TESTS
     ) as child:
         assert child.stdout.readline() == "half\n"
-        while not (tmp_path / ".model.safetensors.incomplete").stat().st_size:
-            time.sleep(0.01)
-        child.kill()
+        incomplete = tmp_path / ".model.safetensors.incomplete"
+        try:
+            # The second tensor is asked for ahead of the file's being opened for the first.
+            deadline = time.monotonic() + 60
+            while not (incomplete.exists() and incomplete.stat().st_size):
+                assert time.monotonic() < deadline, "the first tensor never reached the disk"
+                time.sleep(0.01)
+        finally:
+            child.kill()
     assert child.returncode == -signal.SIGKILL
-    assert (tmp_path / ".model.safetensors.incomplete").stat().st_size > 0
+    assert incomplete.stat().st_size > 0
     assert_equal_trees(load_params(tmp_path, config, "model"), old)
     mj.MllamaForConditionalGeneration.from_pretrained(tmp_path)
     save_params(old, config, tmp_path, "model")
