@@ -13,15 +13,17 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
+from jax.ad_checkpoint import checkpoint_name
 
-from mllama_jax.attention import AttentionKind, attend, attend_with_weights
+from mllama_jax.attention import attend, attend_with_weights
 from mllama_jax.cache import MllamaCache
 from mllama_jax.configs import MllamaTextConfig
+from mllama_jax.execution import ATTENTION_RESULT, Execution
 from mllama_jax.layers import ACTIVATIONS, RMSNorm, gated, logical, projection
 from mllama_jax.masks import CausalMask, Mask, TileMask
 from mllama_jax.rope import rotate
 from mllama_jax.shapes import Array, Bool, Float, Int
+from mllama_jax.sharding import constrain
 
 
 @flax.struct.dataclass
@@ -48,21 +50,17 @@ class DecoderInputs:
 
 class TextMLP(nn.Module):
     config: MllamaTextConfig
-    dtype: DTypeLike
-    param_dtype: DTypeLike
+    execution: Execution
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        config = self.config
-        settings: dict[str, Any] = {
-            "std": config.initializer_range,
-            "dtype": self.dtype,
-            "param_dtype": self.param_dtype,
-        }
+        config, execution = self.config, self.execution
+        settings: dict[str, Any] = {"std": config.initializer_range, "execution": execution}
         axes = ("embed", "mlp")
         gate = projection(config.intermediate_size, axes, name="gate_proj", **settings)(x)
         up = projection(config.intermediate_size, axes, name="up_proj", **settings)(x)
         x = ACTIVATIONS[config.hidden_act](gate) * up
+        x = constrain(x, execution.mesh, "batch", "length", "mlp")
         return projection(config.hidden_size, axes[::-1], name="down_proj", **settings)(x)
 
 
@@ -70,41 +68,39 @@ class TextAttention(nn.Module):
     """The projections of both kinds of attention; the subclasses say what they attend to."""
 
     config: MllamaTextConfig
-    dtype: DTypeLike
-    param_dtype: DTypeLike
-    attention: AttentionKind
+    execution: Execution
 
     def heads(self, x: Array, name: str) -> Array:
         config = self.config
         count, axis = config.num_key_value_heads, "kv_heads"
         if name == "q":
             count, axis = config.num_attention_heads, "heads"
-        return projection(
+        x = projection(
             (count, config.head_dim),
             ("embed", axis, "head_dim"),
             name=f"{name}_proj",
             std=config.initializer_range,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
+            execution=self.execution,
         )(x)
+        return constrain(x, self.execution.mesh, "batch", "length", axis, "head_dim")
 
     def attend(
         self, q: Array, k: Array, v: Array, mask: Mask | None, output_attentions: bool
     ) -> tuple[Array, Array | None]:
-        config = self.config
+        config, execution = self.config, self.execution
         weights = None
         if output_attentions:
             out, weights = attend_with_weights(q, k, v, mask)
         else:
-            out = attend(q, k, v, mask, self.attention)
+            out = attend(q, k, v, mask, execution.attention, execution.mesh)
+            out = checkpoint_name(out, ATTENTION_RESULT)
         out = projection(
             config.hidden_size,
             ("heads", "head_dim", "embed"),
             name="o_proj",
             contract=2,
             std=config.initializer_range,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
+            execution=execution,
         )(out)
         return out, weights
 
@@ -124,7 +120,7 @@ class SelfAttention(TextAttention):
         v = self.heads(x_BTD, "v")
         if cache is not None:
             cache = cache.append(layer, inputs.start, k, v)
-            k, v = (cached.astype(self.dtype) for cached in cache.read(layer))
+            k, v = (cached.astype(self.execution.dtype) for cached in cache.read(layer))
         out, weights = self.attend(q, k, v, inputs.mask, output_attentions)
         return out, cache, weights
 
@@ -139,7 +135,7 @@ class CrossAttention(TextAttention):
         layer: Array,
         output_attentions: bool,
     ) -> tuple[Array, MllamaCache | None, Array | None]:
-        norm = (self.config.rms_norm_eps, self.dtype, self.param_dtype)
+        norm = (self.config.rms_norm_eps, self.execution)
         q = RMSNorm(*norm, name="q_norm")(self.heads(x_BTD, "q"))
         if inputs.cross_attention_states is not None:
             k = RMSNorm(*norm, name="k_norm")(self.heads(inputs.cross_attention_states, "k"))
@@ -148,16 +144,14 @@ class CrossAttention(TextAttention):
                 cache = cache.write_images(layer, k, v)
         else:
             assert cache is not None
-            k, v = (cached.astype(self.dtype) for cached in cache.read_images(layer))
+            k, v = (cached.astype(self.execution.dtype) for cached in cache.read_images(layer))
         out, weights = self.attend(q, k, v, inputs.cross_mask, output_attentions)
         return out, cache, weights
 
 
 class SelfAttentionLayer(nn.Module):
     config: MllamaTextConfig
-    dtype: DTypeLike
-    param_dtype: DTypeLike
-    attention: AttentionKind
+    execution: Execution
 
     @nn.compact
     def __call__(
@@ -168,21 +162,20 @@ class SelfAttentionLayer(nn.Module):
         layer: Array,
         output_attentions: bool,
     ) -> tuple[Array, MllamaCache | None, Array | None]:
-        config, dtypes = self.config, (self.dtype, self.param_dtype)
-        branch = RMSNorm(config.rms_norm_eps, *dtypes, name="input_layernorm")(x_BTD)
-        branch, cache, weights = SelfAttention(config, *dtypes, self.attention, name="self_attn")(
+        config, execution = self.config, self.execution
+        branch = RMSNorm(config.rms_norm_eps, execution, name="input_layernorm")(x_BTD)
+        branch, cache, weights = SelfAttention(config, execution, name="self_attn")(
             branch, inputs, cache, layer, output_attentions
         )
         x_BTD = x_BTD + branch
-        branch = RMSNorm(config.rms_norm_eps, *dtypes, name="post_attention_layernorm")(x_BTD)
-        return x_BTD + TextMLP(config, *dtypes, name="mlp")(branch), cache, weights
+        branch = RMSNorm(config.rms_norm_eps, execution, name="post_attention_layernorm")(x_BTD)
+        x_BTD = x_BTD + TextMLP(config, execution, name="mlp")(branch)
+        return constrain(x_BTD, execution.mesh, "batch", "length", None), cache, weights
 
 
 class CrossAttentionLayer(nn.Module):
     config: MllamaTextConfig
-    dtype: DTypeLike
-    param_dtype: DTypeLike
-    attention: AttentionKind
+    execution: Execution
     hf_masked_rows: bool
 
     @nn.compact
@@ -194,21 +187,22 @@ class CrossAttentionLayer(nn.Module):
         layer: Array,
         output_attentions: bool,
     ) -> tuple[Array, MllamaCache | None, Array | None]:
-        config, dtypes = self.config, (self.dtype, self.param_dtype)
+        config, execution = self.config, self.execution
         zeros = logical(jax.nn.initializers.zeros, None)
-        attn_gate = self.param("cross_attn_attn_gate", zeros, (1,), self.param_dtype)
-        mlp_gate = self.param("cross_attn_mlp_gate", zeros, (1,), self.param_dtype)
+        attn_gate = self.param("cross_attn_attn_gate", zeros, (1,), execution.param_dtype)
+        mlp_gate = self.param("cross_attn_mlp_gate", zeros, (1,), execution.param_dtype)
 
-        branch = RMSNorm(config.rms_norm_eps, *dtypes, name="input_layernorm")(x_BTD)
-        branch, cache, weights = CrossAttention(config, *dtypes, self.attention, name="cross_attn")(
+        branch = RMSNorm(config.rms_norm_eps, execution, name="input_layernorm")(x_BTD)
+        branch, cache, weights = CrossAttention(config, execution, name="cross_attn")(
             branch, inputs, cache, layer, output_attentions
         )
         if not self.hf_masked_rows:
             branch = _where_image_seen(branch, inputs)
         x_BTD = x_BTD + gated(branch, attn_gate)
-        branch = RMSNorm(config.rms_norm_eps, *dtypes, name="post_attention_layernorm")(x_BTD)
-        branch = TextMLP(config, *dtypes, name="mlp")(branch)
-        return x_BTD + gated(_where_image_seen(branch, inputs), mlp_gate), cache, weights
+        branch = RMSNorm(config.rms_norm_eps, execution, name="post_attention_layernorm")(x_BTD)
+        branch = TextMLP(config, execution, name="mlp")(branch)
+        x_BTD = x_BTD + gated(_where_image_seen(branch, inputs), mlp_gate)
+        return constrain(x_BTD, execution.mesh, "batch", "length", None), cache, weights
 
 
 def _where_image_seen(branch_BTD: Array, inputs: DecoderInputs) -> Array:
@@ -221,9 +215,7 @@ class DecoderUnit(nn.Module):
     """The repeating unit of self- and cross-attention layers, as a step of a scan."""
 
     config: MllamaTextConfig
-    dtype: DTypeLike
-    param_dtype: DTypeLike
-    attention: AttentionKind
+    execution: Execution
     hf_masked_rows: bool
     with_images: bool
     output_hidden_states: bool
@@ -234,7 +226,11 @@ class DecoderUnit(nn.Module):
         self, carry: tuple[Array, MllamaCache | None], unit: Array, inputs: DecoderInputs
     ) -> tuple[tuple[Array, MllamaCache | None], tuple[tuple[Array, ...], tuple[Array, ...]]]:
         config = self.config
-        shared = (config, self.dtype, self.param_dtype, self.attention)
+        # 5: output_attentions, counted from the module itself.
+        self_layer, cross_layer = (
+            self.execution.rematerialised(kind, static_argnums=(5,))
+            for kind in (SelfAttentionLayer, CrossAttentionLayer)
+        )
         is_cross = [config.is_cross_attention_layer(i) for i in range(config.unit_length)]
         x_BTD, cache = carry
         layer_inputs: list[Array] = []
@@ -245,11 +241,10 @@ class DecoderUnit(nn.Module):
             if cross and not self.with_images:
                 continue
             name = f"block_{block}"
-            layer: CrossAttentionLayer | SelfAttentionLayer
             if cross:
-                layer = CrossAttentionLayer(*shared, self.hf_masked_rows, name=name)
+                layer = cross_layer(config, self.execution, self.hf_masked_rows, name=name)
             else:
-                layer = SelfAttentionLayer(*shared, name=name)
+                layer = self_layer(config, self.execution, name=name)
             # Its index among the layers of its kind, where the cache keeps its keys and values.
             index = unit * is_cross.count(cross) + is_cross[:block].count(cross)
             x_BTD, cache, weights = layer(x_BTD, inputs, cache, index, self.output_attentions)

@@ -10,9 +10,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
+from jax.sharding import Mesh
 
+from mllama_jax.execution import Execution
 from mllama_jax.shapes import Array
+from mllama_jax.sharding import constrain
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
@@ -29,29 +31,64 @@ def logical(initializer: jax.nn.initializers.Initializer, *axes: str | None) -> 
     return nn.with_logical_partitioning(initializer, axes)
 
 
+class Projection(nn.DenseGeneral):
+    """A linear map whose weights are used as they are split over a mesh.
+
+    Weights are cast before they are gathered, so that devices exchange the computation's dtype;
+    the gradient of a weight is reduced onto the devices that hold its parts.
+
+    A low-rank adapter, if there is one for this map, is added: variables "a" (input axes, rank)
+    and "b" (rank, output axes) of the collection "lora"; b holds the adapter's scale.
+
+    Attributes:
+      weight_axes: logical names of the kernel's axes.
+      mesh: as in `mllama_jax.execution.Execution`.
+    """
+
+    weight_axes: tuple[str, ...] = ()
+    mesh: Mesh | None = None
+
+    def param(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        value = super().param(name, *args, **kwargs)
+        if self.is_initializing() or self.mesh is None:
+            return value
+        axes = self.weight_axes if name == "kernel" else self.weight_axes[-value.ndim :]
+        return constrain(value.astype(self.dtype), self.mesh, *axes)
+
+    def __call__(self, inputs: Array) -> Array:
+        result = super().__call__(inputs)
+        if not self.has_variable("lora", "a"):
+            return result
+        a, b = (self.get_variable("lora", name).astype(self.dtype) for name in "ab")
+        contracted = len(self.axis) if isinstance(self.axis, tuple) else 1
+        low_rank = jnp.tensordot(inputs.astype(self.dtype), a, contracted)
+        return result + jnp.tensordot(low_rank, b, 1).astype(result.dtype)
+
+
 def projection(
     features: int | Sequence[int],
     axes: Sequence[str],
     *,
     name: str | None,
     std: float,
-    dtype: DTypeLike,
-    param_dtype: DTypeLike,
+    execution: Execution,
     contract: int = 1,
     use_bias: bool = False,
     dot_general: Callable[..., Array] | None = None,
-) -> nn.DenseGeneral:
+) -> Projection:
     """A linear map of the last ``contract`` axes to ``features``; ``axes`` are the kernel's."""
-    return nn.DenseGeneral(
+    return Projection(
         features,
         axis=tuple(range(-contract, 0)),
         use_bias=use_bias,
-        dtype=dtype,
-        param_dtype=param_dtype,
+        dtype=execution.dtype,
+        param_dtype=execution.param_dtype,
         kernel_init=logical(jax.nn.initializers.normal(std), *axes),
         bias_init=logical(jax.nn.initializers.zeros, *axes[contract:]),
         dot_general=dot_general,
         name=name,
+        weight_axes=tuple(axes),
+        mesh=execution.mesh,
     )
 
 
@@ -62,30 +99,39 @@ class RMSNorm(nn.Module):
     """
 
     epsilon: float
-    dtype: DTypeLike
-    param_dtype: DTypeLike
+    execution: Execution
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         ones = logical(jax.nn.initializers.ones, "norm")
-        scale = self.param("scale", ones, (x.shape[-1],), self.param_dtype)
+        scale = self.param("scale", ones, (x.shape[-1],), self.execution.param_dtype)
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-        return (x * scale.astype(jnp.float32)).astype(self.dtype)
+        return (x * scale.astype(jnp.float32)).astype(self.execution.dtype)
 
 
-def layer_norm(
-    name: str | None, epsilon: float, dtype: DTypeLike, param_dtype: DTypeLike
-) -> nn.LayerNorm:
+def layer_norm(name: str | None, epsilon: float, execution: Execution) -> nn.LayerNorm:
     """Layer norm of the last axis; statistics in float32."""
     return nn.LayerNorm(
         epsilon=epsilon,
         use_fast_variance=False,
-        dtype=dtype,
-        param_dtype=param_dtype,
+        dtype=execution.dtype,
+        param_dtype=execution.param_dtype,
         scale_init=logical(jax.nn.initializers.ones, "norm"),
         bias_init=logical(jax.nn.initializers.zeros, "norm"),
         name=name,
+    )
+
+
+def scan_layers(step: Callable[..., Any], length: int) -> Any:
+    """A module class whose layers are stacked: ``step`` takes (carry, own item, shared value)."""
+    return nn.scan(
+        step,  # type: ignore[arg-type]
+        variable_axes={"params": 0, "lora": 0},
+        split_rngs={"params": True},
+        in_axes=(0, nn.broadcast),
+        length=length,
+        metadata_params={nn.PARTITION_NAME: "layers"},
     )
 
 

@@ -34,23 +34,15 @@ class MllamaForConditionalGeneration(GenerativeModule):
 
     def setup(self) -> None:
         config = self.full_config
-        settings = (
-            self.dtype,
-            self.param_dtype,
-            self.hf_masked_rows,
-            self.attention,
-            self.remat,
-        )
-        self.vision_model = MllamaVisionModel(config.vision_config, *settings)
-        self.language_model = MllamaForCausalLM(config.text_config, *settings)
+        self.vision_model = MllamaVisionModel(config.vision_config, **self.settings)
+        self.language_model = MllamaForCausalLM(config.text_config, **self.settings)
         self.multi_modal_projector = projection(
             config.text_config.hidden_size,
             ("vision_output", "embed"),
             name=None,
             use_bias=True,
             std=config.text_config.initializer_range,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
+            execution=self.execution,
         )
 
     def encode_images(

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from etils import epath
 from jax.typing import DTypeLike
 
-from mllama_jax.attention import AttentionKind, check_attention_kind
+from mllama_jax.attention import AttentionKind
 from mllama_jax.configs import MllamaConfig, MllamaTextConfig, MllamaVisionConfig
+from mllama_jax.execution import Execution, RematPolicy
 from mllama_jax.shapes import Array
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ class PretrainedModule(nn.Module):
         weights were trained with): cross-attention layers leave it unchanged. True (what
         transformers computes): it attends to all image tokens, and only the MLP is skipped.
       attention: a kind of `mllama_jax.attention`.
-      remat: recompute activations in the backward pass instead of keeping them.
+      remat: what the backward pass recomputes, one of `mllama_jax.execution.REMAT_POLICIES`.
+      mesh: the devices that parameters and activations are split over (`mllama_jax.sharding`);
+        None leaves it to where the arguments are.
     """
 
     config: MllamaConfig | MllamaTextConfig | MllamaVisionConfig
@@ -38,14 +41,33 @@ class PretrainedModule(nn.Module):
     param_dtype: DTypeLike = jnp.float32
     hf_masked_rows: bool = False
     attention: AttentionKind = "xla"
-    remat: bool = False
+    remat: RematPolicy = "none"
+    mesh: jax.sharding.Mesh | None = None
 
     component: ClassVar["Component"]
     """The part of a full checkpoint that this class holds."""
 
     def __post_init__(self) -> None:
-        check_attention_kind(self.attention)
+        # Named here, so that a wrong name is an error where it was given.
+        _ = self.execution
         super().__post_init__()
+
+    @property
+    def execution(self) -> Execution:
+        """What its layers are told beside the configuration."""
+        return Execution(self.dtype, self.param_dtype, self.attention, self.remat, self.mesh)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments that a part of this module shares with it."""
+        return {
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+            "hf_masked_rows": self.hf_masked_rows,
+            "attention": self.attention,
+            "remat": self.remat,
+            "mesh": self.mesh,
+        }
 
     @nn.nowrap
     def dummy_inputs(self) -> dict[str, Array]:

@@ -14,6 +14,8 @@ import flax.traverse_util
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mllama_jax.shapes import Array
+
 if TYPE_CHECKING:
     from mllama_jax.pretrained import PretrainedModule
 
@@ -26,7 +28,10 @@ MESH_AXES: Mapping[str, str] = {
 
 SPLIT_OVER: dict[str, tuple[str, ...]] = {
     "layers": (),  # scanned over: a device that holds only some would have to be asked each step
+    "batch": ("data", "fsdp"),
+    "length": (),
     "vocab": ("tensor",),
+    "embedding_rows": ("tensor",),
     "embed": ("fsdp",),
     "mlp": ("tensor",),
     "heads": ("tensor",),
@@ -42,10 +47,14 @@ SPLIT_OVER: dict[str, tuple[str, ...]] = {
     "patch_width": (),
     "channels": (),
 }
-"""Logical axis -> the mesh axes that it is split over."""
+"""Logical axis of a parameter or an activation -> the mesh axes that it is split over."""
 
 REPLICATED_IF_FEWER = ("kv_heads", "vision_heads")
 """Axes that are kept whole on a mesh axis that is a multiple of them: fewer heads than devices."""
+
+SPLIT_AS_FAR_AS_DIVISIBLE = ("batch", "embedding_rows")
+"""Axes that are split over the first of their mesh axes only, or not at all, where more would not
+divide them: a small batch; the 128264 rows of the released models' embedding over 16 devices."""
 
 
 def param_axes(model: "PretrainedModule") -> dict[str, Any]:
@@ -91,8 +100,8 @@ def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh)
 
     Raises:
         ValueError: a name that the table lacks; two axes on one mesh axis; a size that the mesh
-            does not divide. Axes of `REPLICATED_IF_FEWER` are kept whole instead if the mesh axis
-            is a multiple of them.
+            does not divide, unless the axis is one of `REPLICATED_IF_FEWER` or
+            `SPLIT_AS_FAR_AS_DIVISIBLE`.
     """
     spec: list[Any] = []
     used: dict[str, str] = {}
@@ -105,7 +114,10 @@ def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh)
                 raise ValueError(f"axes {used[mesh_axis]} and {axis} are both on {mesh_axis}")
             used[mesh_axis] = str(axis)
         over = tuple(mesh_axis for mesh_axis in over if mesh_axis in mesh.shape)
-        parts = math.prod(mesh.shape[mesh_axis] for mesh_axis in over)
+        parts = _parts(over, mesh)
+        while over and size % parts and axis in SPLIT_AS_FAR_AS_DIVISIBLE:
+            over = over[:-1]
+            parts = _parts(over, mesh)
         if size % parts:
             if axis not in REPLICATED_IF_FEWER or parts % size:
                 sizes = " × ".join(f"{name}={mesh.shape[name]}" for name in over)
@@ -113,6 +125,18 @@ def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh)
             over = ()
         spec.append(over[0] if len(over) == 1 else over or None)
     return PartitionSpec(*spec)
+
+
+def constrain(x: Array, mesh: Mesh | None, *axes: str | None) -> Array:
+    """Splits an array inside a compiled function over the mesh, as `partition_spec` says.
+
+    The same holds for its gradient: devices that hold a part of the array get the sum for that
+    part alone (a reduce-scatter). Without a mesh nothing happens.
+    """
+    if mesh is None:
+        return x
+    spec = partition_spec(axes, x.shape, mesh)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 def check_mesh(mesh: Mesh) -> None:
@@ -163,6 +187,10 @@ def parse_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
         )
     types = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), types, devices=devices)
+
+
+def _parts(mesh_axes: Sequence[str], mesh: Mesh) -> int:
+    return math.prod(mesh.shape[mesh_axis] for mesh_axis in mesh_axes)
 
 
 def _annotated(

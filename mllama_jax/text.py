@@ -22,13 +22,14 @@ from mllama_jax.decoder_inputs import (
     with_room_for_images,
 )
 from mllama_jax.generation.config import GenerationConfig
-from mllama_jax.layers import RMSNorm, logical, projection
+from mllama_jax.layers import RMSNorm, logical, projection, scan_layers
 from mllama_jax.loss import cross_entropy, shift_labels
 from mllama_jax.masks import CausalMask
 from mllama_jax.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from mllama_jax.pretrained import Params, PretrainedModule
 from mllama_jax.rope import inverse_frequencies, rotary_table
 from mllama_jax.shapes import Array, Float, Int
+from mllama_jax.sharding import constrain
 
 if TYPE_CHECKING:
     from mllama_jax.generation.generate import GenerateOutput
@@ -110,34 +111,20 @@ class MllamaTextModel(DecoderModule):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             embedding_init=logical(
-                jax.nn.initializers.normal(config.initializer_range), "vocab", "embed"
+                jax.nn.initializers.normal(config.initializer_range), "embedding_rows", "embed"
             ),
         )
-        self.norm = RMSNorm(config.rms_norm_eps, self.dtype, self.param_dtype)
+        self.norm = RMSNorm(config.rms_norm_eps, self.execution)
 
     @nn.compact
     def _layers(
         self, x_BTD: Array, cache: MllamaCache | None, inputs: DecoderInputs, **flags: Any
     ) -> Any:
         config = self.text_config
-        unit = nn.remat(DecoderUnit, prevent_cse=False) if self.remat else DecoderUnit
-        scanned = nn.scan(
-            unit,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
-            length=config.num_units,
-            metadata_params={nn.PARTITION_NAME: "layers"},
+        scanned = scan_layers(DecoderUnit, config.num_units)
+        return scanned(config, self.execution, self.hf_masked_rows, name="layers", **flags)(
+            (x_BTD, cache), jnp.arange(config.num_units), inputs
         )
-        return scanned(
-            config,
-            self.dtype,
-            self.param_dtype,
-            self.attention,
-            self.hf_masked_rows,
-            name="layers",
-            **flags,
-        )((x_BTD, cache), jnp.arange(config.num_units), inputs)
 
     def __call__(
         self,
@@ -193,7 +180,7 @@ class MllamaTextModel(DecoderModule):
         check_shape("cache_position", cache_position, (T,))
         check_shape("full_text_row_masked_out_mask", full_text_row_masked_out_mask, (B, 1, T, 1))
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        x_BTD = x_BTD.astype(self.dtype)
+        x_BTD = constrain(x_BTD.astype(self.dtype), self.mesh, "batch", "length", None)
         use_cache = config.use_cache if use_cache is None else use_cache
 
         start = jnp.zeros((), jnp.int32)
@@ -267,21 +254,13 @@ class MllamaForCausalLM(GenerativeModule):
 
     def setup(self) -> None:
         config = self.text_config
-        self.model = MllamaTextModel(
-            config,
-            self.dtype,
-            self.param_dtype,
-            self.hf_masked_rows,
-            self.attention,
-            self.remat,
-        )
+        self.model = MllamaTextModel(config, **self.settings)
         self.lm_head = projection(
             config.vocab_size,
             ("embed", "vocab"),
             name=None,
             std=config.initializer_range,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
+            execution=self.execution,
             # Logits are float32 whatever the weights are, without a float32 copy of the weights.
             dot_general=partial(jax.lax.dot_general, preferred_element_type=jnp.float32),
         )

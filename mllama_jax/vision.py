@@ -14,15 +14,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from mllama_jax.attention import AttentionKind, attend, attend_with_weights
+from mllama_jax.attention import attend, attend_with_weights
 from mllama_jax.configs import MllamaConfig, MllamaVisionConfig
-from mllama_jax.layers import ACTIVATIONS, gated, layer_norm, logical, projection
+from mllama_jax.execution import ATTENTION_RESULT, Execution
+from mllama_jax.layers import (
+    ACTIVATIONS,
+    gated,
+    layer_norm,
+    logical,
+    projection,
+    scan_layers,
+)
 from mllama_jax.masks import PaddingPairMask
 from mllama_jax.outputs import BaseModelOutput
 from mllama_jax.pretrained import PretrainedModule
 from mllama_jax.shapes import Array, Float, Int
+from mllama_jax.sharding import constrain
 
 _PATCH_MULTIPLE = 8
 _EMBEDDING_NORM_EPSILON = 1e-5  # fixed in the references, whatever ``norm_eps`` says
@@ -30,20 +40,14 @@ _EMBEDDING_NORM_EPSILON = 1e-5  # fixed in the references, whatever ``norm_eps``
 
 class VisionAttention(nn.Module):
     config: MllamaVisionConfig
-    dtype: DTypeLike
-    param_dtype: DTypeLike
-    attention: AttentionKind
+    execution: Execution
 
     @nn.compact
     def __call__(
         self, x_BED: Array, mask: PaddingPairMask, output_attentions: bool
     ) -> tuple[Array, Array | None]:
-        config = self.config
-        settings: dict[str, Any] = {
-            "std": config.initializer_range,
-            "dtype": self.dtype,
-            "param_dtype": self.param_dtype,
-        }
+        config, execution = self.config, self.execution
+        settings: dict[str, Any] = {"std": config.initializer_range, "execution": execution}
         q, k, v = (
             projection(
                 (config.num_attention_heads, config.head_dim),
@@ -53,11 +57,14 @@ class VisionAttention(nn.Module):
             )(x_BED)
             for name in "qkv"
         )
+        heads = ("batch", "length", "vision_heads", "vision_head_dim")
+        q, k, v = (constrain(x, execution.mesh, *heads) for x in (q, k, v))
         weights = None
         if output_attentions:
             out, weights = attend_with_weights(q, k, v, mask)
         else:
-            out = attend(q, k, v, mask, self.attention)
+            out = attend(q, k, v, mask, execution.attention, execution.mesh)
+            out = checkpoint_name(out, ATTENTION_RESULT)
         out = projection(
             config.hidden_size,
             ("vision_heads", "vision_head_dim", "vision_embed"),
@@ -70,8 +77,7 @@ class VisionAttention(nn.Module):
 
 class VisionMLP(nn.Module):
     config: MllamaVisionConfig
-    dtype: DTypeLike
-    param_dtype: DTypeLike
+    execution: Execution
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -79,11 +85,11 @@ class VisionMLP(nn.Module):
         settings: dict[str, Any] = {
             "std": config.initializer_range,
             "use_bias": True,
-            "dtype": self.dtype,
-            "param_dtype": self.param_dtype,
+            "execution": self.execution,
         }
         axes = ("vision_embed", "vision_mlp")
         x = projection(config.intermediate_size, axes, name="fc1", **settings)(x)
+        x = constrain(x, self.execution.mesh, "batch", "length", "vision_mlp")
         x = ACTIVATIONS[config.hidden_act](x)
         return projection(config.hidden_size, axes[::-1], name="fc2", **settings)(x)
 
@@ -97,9 +103,7 @@ class VisionLayer(nn.Module):
 
     config: MllamaVisionConfig
     is_gated: bool
-    dtype: DTypeLike
-    param_dtype: DTypeLike
-    attention: AttentionKind
+    execution: Execution
     output_hidden_states: bool
     output_attentions: bool
 
@@ -107,27 +111,33 @@ class VisionLayer(nn.Module):
     def __call__(
         self, carry: tuple[Array, Array | None], slot: Array | None, mask: PaddingPairMask
     ) -> tuple[tuple[Array, Array | None], tuple[Array | None, Array | None]]:
-        config, dtypes = self.config, (self.dtype, self.param_dtype)
         x_BED, kept = carry
         layer_input = x_BED
         if kept is not None:
             kept = jax.lax.dynamic_update_index_in_dim(kept, x_BED, slot, axis=0)
+        # The kept states stay outside: a rematerialised part would save them for every layer.
+        compute = self.execution.rematerialised(VisionLayer._compute)
+        x_BED, weights = compute(self, x_BED, mask)
+        return (x_BED, kept), (layer_input if self.output_hidden_states else None, weights)
+
+    def _compute(self, x_BED: Array, mask: PaddingPairMask) -> tuple[Array, Array | None]:
+        config, execution = self.config, self.execution
 
         def gate(name: str, branch: Array) -> Array:
             if not self.is_gated:
                 return branch
             initial = logical(jax.nn.initializers.normal(config.initializer_range), None)
-            return gated(branch, self.param(name, initial, (1,), self.param_dtype))
+            return gated(branch, self.param(name, initial, (1,), execution.param_dtype))
 
-        branch = layer_norm("input_layernorm", config.norm_eps, *dtypes)(x_BED)
-        branch, weights = VisionAttention(config, *dtypes, self.attention, name="self_attn")(
+        branch = layer_norm("input_layernorm", config.norm_eps, execution)(x_BED)
+        branch, weights = VisionAttention(config, execution, name="self_attn")(
             branch, mask, self.output_attentions
         )
         x_BED = x_BED + gate("gate_attn", branch)
-        branch = layer_norm("post_attention_layernorm", config.norm_eps, *dtypes)(x_BED)
-        branch = VisionMLP(config, *dtypes, name="mlp")(branch)
+        branch = layer_norm("post_attention_layernorm", config.norm_eps, execution)(x_BED)
+        branch = VisionMLP(config, execution, name="mlp")(branch)
         x_BED = x_BED + gate("gate_ffn", branch)
-        return (x_BED, kept), (layer_input if self.output_hidden_states else None, weights)
+        return constrain(x_BED, execution.mesh, "batch", "length", None), weights
 
 
 class VisionEncoder(nn.Module):
@@ -136,10 +146,7 @@ class VisionEncoder(nn.Module):
     config: MllamaVisionConfig
     num_layers: int
     is_gated: bool
-    dtype: DTypeLike
-    param_dtype: DTypeLike
-    attention: AttentionKind
-    remat: bool
+    execution: Execution
 
     @nn.compact
     def __call__(
@@ -155,21 +162,11 @@ class VisionEncoder(nn.Module):
         slots = np.full(self.num_layers, len(keep), np.int32)
         slots[list(keep)] = np.arange(len(keep))
         kept = jnp.zeros((len(keep) + 1, *x_BED.shape), x_BED.dtype) if keep else None
-        layer = nn.remat(VisionLayer, prevent_cse=False) if self.remat else VisionLayer
-        scanned = nn.scan(
-            layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
-            length=self.num_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
+        scanned = scan_layers(VisionLayer, self.num_layers)
         (x_BED, kept), (inputs, weights) = scanned(
             self.config,
             self.is_gated,
-            self.dtype,
-            self.param_dtype,
-            self.attention,
+            self.execution,
             output_hidden_states,
             output_attentions,
             name="layers",
@@ -181,19 +178,20 @@ class TileEmbedding(nn.Module):
     """A gated embedding for each tile of an image, chosen by the image's aspect-ratio id."""
 
     config: MllamaVisionConfig
-    dtype: DTypeLike
-    param_dtype: DTypeLike
+    execution: Execution
 
     @nn.compact
     def __call__(self, x_BLPD: Array, one_hot_BR: Array) -> Array:
-        config = self.config
+        config, execution = self.config, self.execution
         shape = (config.max_aspect_ratio_id + 1, config.max_num_tiles, config.hidden_size)
         normal = jax.nn.initializers.normal(config.initializer_range)
         table = self.param(
-            "embedding", logical(normal, None, None, "vision_embed"), shape, self.param_dtype
+            "embedding", logical(normal, None, None, "vision_embed"), shape, execution.param_dtype
         )
-        gate = self.param("gate", logical(jax.nn.initializers.zeros, None), (1,), self.param_dtype)
-        chosen = _choose("BR,RLD->BLD", one_hot_BR, table, self.dtype)
+        gate = self.param(
+            "gate", logical(jax.nn.initializers.zeros, None), (1,), execution.param_dtype
+        )
+        chosen = _choose("BR,RLD->BLD", one_hot_BR, table, execution.dtype)
         return x_BLPD + gated(chosen, gate)[:, :, None]
 
 
@@ -201,28 +199,29 @@ class PositionEmbedding(nn.Module):
     """Gated mix of one position table for all tiles and one that knows the tile."""
 
     config: MllamaVisionConfig
-    dtype: DTypeLike
-    param_dtype: DTypeLike
+    execution: Execution
 
     @nn.compact
     def __call__(self, x_BLPD: Array, one_hot_BR: Array) -> Array:
-        config = self.config
+        config, execution = self.config, self.execution
         patches = (config.num_patches, config.hidden_size)
         tiles = (config.max_aspect_ratio_id + 1, config.max_num_tiles, *patches)
         normal = jax.nn.initializers.normal(config.initializer_range)
         shared = self.param(
-            "embedding", logical(normal, None, "vision_embed"), patches, self.param_dtype
+            "embedding", logical(normal, None, "vision_embed"), patches, execution.param_dtype
         )
         by_tile = self.param(
             "tile_embedding",
             logical(normal, None, None, None, "vision_embed"),
             tiles,
-            self.param_dtype,
+            execution.param_dtype,
         )
-        gate = self.param("gate", logical(jax.nn.initializers.zeros, None), (1,), self.param_dtype)
+        gate = self.param(
+            "gate", logical(jax.nn.initializers.zeros, None), (1,), execution.param_dtype
+        )
         openness = jnp.tanh(gate.astype(jnp.float32))
-        x_BLPD = x_BLPD + ((1 - openness) * shared).astype(self.dtype)
-        chosen = _choose("BR,RLPD->BLPD", one_hot_BR, by_tile, self.dtype)
+        x_BLPD = x_BLPD + ((1 - openness) * shared).astype(execution.dtype)
+        chosen = _choose("BR,RLPD->BLPD", one_hot_BR, by_tile, execution.dtype)
         return x_BLPD + gated(chosen, gate)
 
 
@@ -238,9 +237,6 @@ class MllamaVisionModel(PretrainedModule):
 
     Attributes:
       config: the vision configuration (a full `MllamaConfig` is accepted).
-      dtype, param_dtype: of the computation and of new parameters.
-      attention: a kind of `mllama_jax.attention`.
-      remat: recompute each layer in the backward pass instead of keeping its activations.
     """
 
     component = "vision_model"
@@ -255,7 +251,7 @@ class MllamaVisionModel(PretrainedModule):
         return config
 
     def setup(self) -> None:
-        config, dtypes = self.vision_config, (self.dtype, self.param_dtype)
+        config, execution = self.vision_config, self.execution
         normal = jax.nn.initializers.normal(config.initializer_range)
         self.patch_embedding = projection(
             config.hidden_size,
@@ -263,8 +259,7 @@ class MllamaVisionModel(PretrainedModule):
             name=None,
             contract=3,
             std=config.initializer_range,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
+            execution=execution,
         )
         self.class_embedding = self.param(
             "class_embedding",
@@ -272,17 +267,13 @@ class MllamaVisionModel(PretrainedModule):
             (config.hidden_size,),
             self.param_dtype,
         )
-        self.gated_positional_embedding = PositionEmbedding(config, *dtypes)
-        self.pre_tile_positional_embedding = TileEmbedding(config, *dtypes)
-        self.post_tile_positional_embedding = TileEmbedding(config, *dtypes)
-        self.layernorm_pre = layer_norm(None, _EMBEDDING_NORM_EPSILON, *dtypes)
-        self.layernorm_post = layer_norm(None, _EMBEDDING_NORM_EPSILON, *dtypes)
-        self.transformer = VisionEncoder(
-            config, config.num_hidden_layers, False, *dtypes, self.attention, self.remat
-        )
-        self.global_transformer = VisionEncoder(
-            config, config.num_global_layers, True, *dtypes, self.attention, self.remat
-        )
+        self.gated_positional_embedding = PositionEmbedding(config, execution)
+        self.pre_tile_positional_embedding = TileEmbedding(config, execution)
+        self.post_tile_positional_embedding = TileEmbedding(config, execution)
+        self.layernorm_pre = layer_norm(None, _EMBEDDING_NORM_EPSILON, execution)
+        self.layernorm_post = layer_norm(None, _EMBEDDING_NORM_EPSILON, execution)
+        self.transformer = VisionEncoder(config, config.num_hidden_layers, False, execution)
+        self.global_transformer = VisionEncoder(config, config.num_global_layers, True, execution)
 
     def __call__(
         self,

@@ -79,15 +79,20 @@ def test_fewer_heads_than_devices_stay_whole():
         partition_spec(("embed", "heads", "head_dim"), (4096, 32, 128), mesh(tensor=64))
 
 
+def test_small_batches_and_odd_embeddings_are_split_as_far_as_it_goes():
+    embedding = "language_model/model/embed_tokens/embedding"
+    assert specs(fsdp=2, tensor=8)[embedding] == P("tensor", "fsdp")
+    assert specs(fsdp=2, tensor=16)[embedding] == P(None, "fsdp")  # 128264 = 8 · 16033
+    for size, split in [(8, ("data", "fsdp")), (6, "data"), (2, "data"), (1, None), (3, None)]:
+        assert partition_spec(("batch",), (size,), mesh(data=2, fsdp=4)) == P(split)
+
+
 def test_indivisible_parameters_are_named_together():
-    whole = "the parameters can't be split over the mesh fsdp=3,tensor=16:\n"
+    whole = "the parameters can't be split over the mesh fsdp=3,tensor=5:\n"
     with pytest.raises(ValueError, match=whole) as error:
-        specs(fsdp=3, tensor=16)
+        specs(fsdp=3, tensor=5)
     text = str(error.value)
-    assert (
-        "axis vocab of size 128264 is not divisible by tensor=16: "
-        "language_model/model/embed_tokens/embedding\n"
-    ) in text
+    assert "axis mlp of size 14336 is not divisible by tensor=5: language_model/" in text
     assert "axis embed of size 4096 is not divisible by fsdp=3: language_model/lm_head" in text
     assert "axis vision_embed of size 1280 is not divisible by fsdp=3: vision_model/" in text
 
@@ -99,7 +104,7 @@ def test_two_axes_on_one_mesh_axis_are_refused(monkeypatch):
 
 
 def test_names_that_the_table_lacks_are_refused():
-    with pytest.raises(ValueError, match="axis width is not one of layers, vocab, embed"):
+    with pytest.raises(ValueError, match="axis width is not one of layers, batch, length, vocab"):
         partition_spec(("width",), (4,), mesh(fsdp=2))
 
 

@@ -73,7 +73,7 @@ def test_a_name_that_stands_in_several_sections_names_all_of_them(file):
         ("steps.x=1", "steps is {'x': 1}; expected a whole number"),
         ("data.lengths=[16,long]", "data.lengths is [16, 'long']; expected a list of whole"),
         ("data.held_out=[a]", "data.held_out is ['a']; expected text or null"),
-        ("model.remat=perhaps", "model.remat is 'perhaps'; expected true or false"),
+        ("model.remat=maybe", "model.remat='maybe': expected none or dots or attention or full"),
         ("model.path=${nowhere}", "model.path: Interpolation key 'nowhere' not found"),
         ("model.dtype=float8", "expected float32 or bfloat16 or float16"),
         ("model.attention=flash", "expected reference or xla"),

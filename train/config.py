@@ -12,12 +12,14 @@ from etils import epath
 from omegaconf import MISSING, OmegaConf
 
 from mllama_jax.attention import ATTENTION_KINDS
+from mllama_jax.execution import REMAT_POLICIES
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": _DTYPES,
     "model.param_dtype": _DTYPES,
     "model.attention": ATTENTION_KINDS,
+    "model.remat": tuple(REMAT_POLICIES),
 }
 _TYPE_NAMES: dict[Any, str] = {
     bool: "true or false",
@@ -45,8 +47,9 @@ class ModelConfig:
     param_dtype: str = "float32"
     """What the parameters, and with them the optimizer's moments, are kept in."""
     attention: str = "xla"
-    remat: bool = False
-    """Recompute each layer's activations in the backward pass instead of keeping them."""
+    remat: str = "none"
+    """What the backward pass recomputes instead of keeping it: none, dots (all but the products
+    with weights), attention (all but attention's results), full (all but each layer's input)."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import jax
 from etils import epath
 
 from mllama_jax.attention import AttentionKind
+from mllama_jax.execution import RematPolicy
 from mllama_jax.generation.config import GenerationConfig
 from mllama_jax.model import MllamaForConditionalGeneration
 from mllama_jax.pretrained import Params
@@ -52,7 +53,7 @@ def train(config: TrainConfig) -> list[Score]:
         param_dtype=config.model.param_dtype,
         attention=cast(AttentionKind, config.model.attention),  # TrainConfig checks it
     )
-    model = model.clone(remat=config.model.remat)
+    model = model.clone(remat=cast(RematPolicy, config.model.remat))
 
     state = init_state(params, make_optimizer(config.optimizer, config.steps), config.seed)
     del params  # the state's from here on; the first step takes their memory over

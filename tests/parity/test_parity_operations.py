@@ -17,6 +17,7 @@ from transformers.models.mllama.modeling_mllama import (
 
 from mllama_jax.configs import MllamaTextConfig
 from mllama_jax.decoder import CrossAttentionLayer, DecoderInputs, SelfAttentionLayer, TextMLP
+from mllama_jax.execution import Execution
 from mllama_jax.layers import ACTIVATIONS, RMSNorm
 from mllama_jax.masks import CausalMask, TileMask
 from mllama_jax.rope import inverse_frequencies, rotary_table, rotate
@@ -33,7 +34,7 @@ def test_rms_norm():
     x[0, 0] *= 1e-3  # where epsilon decides
     reference = MllamaTextRMSNorm(14, eps=1e-3)
     reference.weight.data = torch.from_numpy(scale)
-    ours = RMSNorm(1e-3, jnp.float32, jnp.float32).apply({"params": {"scale": scale}}, x)
+    ours = RMSNorm(1e-3, Execution()).apply({"params": {"scale": scale}}, x)
     expected = reference(torch.from_numpy(x))
     assert_close(ours, expected)
     assert_close(ours[0, 0], expected[0, 0])
@@ -102,7 +103,7 @@ def test_text_mlp(pair: str, request: pytest.FixtureRequest):
     pair: Pair = request.getfixturevalue(pair)
     x = normal(2, 3, pair.text_config.hidden_size)
     reference, params = pair.decoder_layer(4)
-    ours = TextMLP(pair.text_config, jnp.float32, jnp.float32)
+    ours = TextMLP(pair.text_config, Execution())
     with torch.no_grad():
         expected = reference.mlp(torch.from_numpy(x))
     assert_close(ours.apply({"params": params["mlp"]}, x), expected)
@@ -161,7 +162,7 @@ def test_decoder_layer(kind: str, pair: str, request: pytest.FixtureRequest):
     reference, params = pair.decoder_layer({"self": 3, "cross": 1}[kind])
     with torch.no_grad():
         expected, expected_weights = reference(torch.from_numpy(x), **reference_inputs)
-    shared = (pair.text_config, jnp.float32, jnp.float32, "xla")
+    shared = (pair.text_config, Execution())
     layer = SelfAttentionLayer(*shared) if kind == "self" else CrossAttentionLayer(*shared, True)
 
     @jax.jit

@@ -17,6 +17,7 @@ from transformers.models.mllama.modeling_mllama import (
 )
 
 import mllama_jax as mj
+from mllama_jax.execution import Execution
 from mllama_jax.masks import PaddingPairMask
 from mllama_jax.vision import PositionEmbedding, TileEmbedding, VisionLayer, tiles_of_aspect_ratios
 
@@ -67,7 +68,7 @@ def test_tile_embedding(case: tuple[Pair, Batch], place: str):
     x = normal(len(ids), config.max_num_tiles, 3, config.hidden_size)
     reference = getattr(pair.reference.model.vision_model, name)
     params = pair.params["vision_model"][name]
-    ours = TileEmbedding(config, jnp.float32, jnp.float32)
+    ours = TileEmbedding(config, Execution())
     with torch.no_grad():
         expected = reference(torch.from_numpy(x), torch.from_numpy(ids[:, None]))
     assert_close(ours.apply({"params": params}, x, one_hot(pair, ids)), expected)
@@ -80,7 +81,7 @@ def test_position_embedding(case: tuple[Pair, Batch]):
     x = normal(len(ids), config.max_num_tiles, config.num_patches, config.hidden_size)
     reference = pair.reference.model.vision_model.gated_positional_embedding
     params = pair.params["vision_model"]["gated_positional_embedding"]
-    ours = PositionEmbedding(config, jnp.float32, jnp.float32)
+    ours = PositionEmbedding(config, Execution())
     with torch.no_grad():
         expected = reference(torch.from_numpy(x), torch.from_numpy(ids[:, None]))
     assert_close(ours.apply({"params": params}, x, one_hot(pair, ids)), expected)
@@ -105,7 +106,7 @@ def test_layer(case: tuple[Pair, Batch], stack: str):
             (expected,) = reference(torch.from_numpy(x), mask)
     for output_attentions in (False, True):
         layer = VisionLayer(
-            *(config, stack == "global_transformer", jnp.float32, jnp.float32, "xla"),
+            *(config, stack == "global_transformer", Execution()),
             output_hidden_states=False,
             output_attentions=output_attentions,
         )

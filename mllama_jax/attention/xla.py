@@ -1,0 +1,74 @@
+"""Kind ``xla``: blocks of queries, so that no more than a block of scores exists at a time."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from mllama_jax.attention.reference import scores
+from mllama_jax.masks import Mask
+from mllama_jax.shapes import Array, Bool, Float
+
+_QUERY_BLOCK = 512
+
+
+def attend_xla(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    mask: Mask | None,
+) -> Float[Array, "B T N H"]:
+    """`mllama_jax.attention.attend` in plain operations."""
+    length = q_BTNH.shape[1]
+    if length > _QUERY_BLOCK:
+        return _attend_in_blocks(q_BTNH, k_BSKH, v_BSKH, mask)
+    allowed = None if mask is None else mask.rows(0, length)
+    return _attend_block(q_BTNH, k_BSKH, v_BSKH, allowed)
+
+
+def _attend_block(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    allowed_BTS: Bool[Array, "#B T S"] | None,
+) -> Float[Array, "B T N H"]:
+    """Divides by the softmax's sum after the product: S times fewer divisions."""
+    B, T, N, H = q_BTNH.shape
+    scores_BKGTS = scores(q_BTNH, k_BSKH, allowed_BTS)
+    top = jax.lax.stop_gradient(scores_BKGTS.max(-1, keepdims=True))
+    exponentials = jnp.exp(scores_BKGTS - top)
+    if allowed_BTS is not None:
+        exponentials = jnp.where(allowed_BTS[:, None, None], exponentials, 0.0)
+    total_BTKG1 = exponentials.sum(-1).transpose(0, 3, 1, 2)[..., None]
+    out = jnp.einsum(
+        "BKGTS,BSKH->BTKGH",
+        exponentials.astype(v_BSKH.dtype),
+        v_BSKH,
+        preferred_element_type=jnp.float32,
+    )
+    out = out / jnp.where(total_BTKG1 == 0, 1.0, total_BTKG1)
+    return out.reshape(B, T, N, H).astype(v_BSKH.dtype)
+
+
+def _attend_in_blocks(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    mask: Mask | None,
+) -> Float[Array, "B T N H"]:
+    B, T, N, H = q_BTNH.shape
+    num_blocks = -(-T // _QUERY_BLOCK)
+
+    # Rematerialised: the backward pass would otherwise keep every block's scores.
+    @partial(jax.checkpoint, prevent_cse=False)
+    def block(start: Array) -> Array:
+        q_block = jax.lax.dynamic_slice_in_dim(q_BTNH, start, _QUERY_BLOCK, axis=1)
+        allowed = None if mask is None else mask.rows(start, _QUERY_BLOCK)
+        return _attend_block(q_block, k_BSKH, v_BSKH, allowed)
+
+    # The last block starts early enough to be full; the rows that it repeats are dropped.
+    starts = jnp.minimum(jnp.arange(num_blocks) * _QUERY_BLOCK, T - _QUERY_BLOCK)
+    blocks = jax.lax.map(block, starts)
+    whole = blocks[:-1].swapaxes(0, 1).reshape(B, -1, N, H)
+    rest = T - whole.shape[1]
+    return jnp.concatenate([whole, blocks[-1][:, _QUERY_BLOCK - rest :]], axis=1)
