@@ -27,7 +27,7 @@ from mllama_jax.convert.table import (
 from mllama_jax.generation.config import FILE_NAME as GENERATION_CONFIG
 from mllama_jax.generation.config import GenerationConfig
 from mllama_jax.pretrained import Params, PretrainedModule
-from mllama_jax.sharding import param_shardings
+from mllama_jax.sharding import param_shardings, parse_mesh
 
 # Up to this many bytes of earlier leaves may be on their way to devices while the next is read.
 _UNDER_WAY_BYTES = 2**29
@@ -41,7 +41,7 @@ def load_pretrained(
     *,
     dtype: Any = "float32",
     param_dtype: Any = None,
-    mesh: Mesh | None = None,
+    mesh: Mesh | str | None = None,
     revision: str | None = None,
     **fields: Any,
 ) -> tuple[Model, Params]:
@@ -54,8 +54,9 @@ def load_pretrained(
         path: a folder, or a hub id (owner/name); see `open_source`.
         dtype: float32, bfloat16 or float16 (a name or a dtype), in which the model computes.
         param_dtype: the dtype of the parameters; None means `dtype`.
-        mesh: the devices that the parameters are split over, as `mllama_jax.sharding` says; None
-            puts them on the default device.
+        mesh: the devices that the parameters and the computation are split over, as
+            `mllama_jax.sharding` says, or its written form (`parse_mesh`); None puts the
+            parameters on the default device.
         revision: branch, tag or commit of a hub id.
         **fields: further fields of the model, such as `hf_masked_rows` and `attention`.
 
@@ -65,6 +66,8 @@ def load_pretrained(
     """
     dtype = parameter_dtype("dtype", dtype)
     param_dtype = dtype if param_dtype is None else parameter_dtype("param_dtype", param_dtype)
+    if isinstance(mesh, str):
+        mesh = parse_mesh(mesh)
     source = open_source(path, revision=revision)
     component = model_cls.component
     config = part_config(source.config, component)
@@ -75,7 +78,7 @@ def load_pretrained(
                 fields.setdefault(
                     "generation_config", GenerationConfig.from_pretrained(file.parent)
                 )
-    model = model_cls(config=config, dtype=dtype, param_dtype=param_dtype, **fields)
+    model = model_cls(config=config, dtype=dtype, param_dtype=param_dtype, mesh=mesh, **fields)
     shardings = None if mesh is None else param_shardings(model, mesh)
     return model, load_params(
         source, config, component, param_dtype=param_dtype, shardings=shardings

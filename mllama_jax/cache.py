@@ -6,9 +6,16 @@ from typing import Any, Self
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import Mesh
 
 from mllama_jax.configs import MllamaTextConfig
 from mllama_jax.shapes import Array, Float, Int
+from mllama_jax.sharding import constrain
+
+_IMAGE_TOKENS_MULTIPLE = 16
+"""Whole tiles of a TPU's memory; otherwise it lays the image tokens out another way outside of
+compiled functions than inside, and copies them all at each call."""
 
 LegacyCache = tuple[tuple[Array, Array] | None, ...]
 """Hugging Face's older format: a (keys, values) pair for each decoder layer."""
@@ -19,21 +26,24 @@ class MllamaCache:
     """The decoder's cache; its sizes are fixed when it is made (`create`).
 
     Layers of one kind are stacked on the first axis, in decoder order; only the key/value heads
-    are stored. Image keys and values are written once, when the images are given, and have a
-    length of their own.
+    are stored, and a head's tokens lie one behind the other, as attention reads them: with any
+    other order of axes a TPU copies the whole cache for each token. Image keys and values are
+    written once, when the images are given, and have a length of their own.
 
     Attributes:
-      keys, values: of the self-attention layers, (self layers, B, S, K, H), rotated already.
-      cross_keys, cross_values: of the cross-attention layers, (cross layers, B, V, K, H);
-        None while no image has been seen.
+      keys, values: of the self-attention layers, (self layers, B, K, S, H), rotated already.
+      cross_keys, cross_values: of the cross-attention layers, (cross layers, B, K, V, H), with V
+        rounded up to a multiple of 16; None while no image has been seen.
       length: how many slots are written, int32 scalar.
+      num_image_tokens: image tokens a sample, 0 while no image has been seen.
     """
 
-    keys: Float[Array, "layers B S K H"]
-    values: Float[Array, "layers B S K H"]
-    cross_keys: Float[Array, "cross_layers B V K H"] | None
-    cross_values: Float[Array, "cross_layers B V K H"] | None
+    keys: Float[Array, "layers B K S H"]
+    values: Float[Array, "layers B K S H"]
+    cross_keys: Float[Array, "cross_layers B K V H"] | None
+    cross_values: Float[Array, "cross_layers B K V H"] | None
     length: Int[Array, ""]
+    num_image_tokens: int = flax.struct.field(pytree_node=False, default=0)
 
     @classmethod
     def create(
@@ -47,15 +57,17 @@ class MllamaCache:
         """An empty cache of ``max_length`` slots and room for ``num_image_tokens`` a sample."""
         num_cross = len(config.cross_attention_layers)
         num_self = config.num_hidden_layers - num_cross
-        heads = (config.num_key_value_heads, config.head_dim)
-        text = (num_self, batch_size, max_length, *heads)
-        image = (num_cross, batch_size, num_image_tokens, *heads)
+        heads, head_dim = config.num_key_value_heads, config.head_dim
+        text = (num_self, batch_size, heads, max_length, head_dim)
+        rounded = num_image_tokens + -num_image_tokens % _IMAGE_TOKENS_MULTIPLE
+        image = (num_cross, batch_size, heads, rounded, head_dim)
         return cls(
             keys=jnp.zeros(text, dtype),
             values=jnp.zeros(text, dtype),
             cross_keys=jnp.zeros(image, dtype) if num_image_tokens else None,
             cross_values=jnp.zeros(image, dtype) if num_image_tokens else None,
             length=jnp.zeros((), jnp.int32),
+            num_image_tokens=num_image_tokens,
         )
 
     @classmethod
@@ -69,15 +81,15 @@ class MllamaCache:
         image = [layers[i] for i in sorted(config.cross_attention_layers)]
 
         def stack(pairs: list[Any], which: int, slots: int) -> Array:
-            stacked = jnp.stack([pair[which] for pair in pairs]).swapaxes(2, 3)
-            return jnp.pad(stacked, ((0, 0), (0, 0), (0, slots), (0, 0), (0, 0)))
+            stacked = jnp.stack([pair[which] for pair in pairs])
+            return jnp.pad(stacked, ((0, 0), (0, 0), (0, 0), (0, slots), (0, 0)))
 
         keys, values = (stack(text, which, room) for which in (0, 1))
-        cross_keys = cross_values = None
+        length = jnp.asarray(keys.shape[3] - room, jnp.int32)
+        cache = cls(keys, values, None, None, length)
         if image and image[0] is not None:
-            cross_keys, cross_values = (stack(image, which, 0) for which in (0, 1))
-        length = jnp.asarray(keys.shape[2] - room, jnp.int32)
-        return cls(keys, values, cross_keys, cross_values, length)
+            cache = cache.with_images(*(stack(image, which, 0) for which in (0, 1)))
+        return cache
 
     def to_legacy_cache(self, config: MllamaTextConfig) -> LegacyCache:
         """One (keys, values) pair a decoder layer, (B, K, slots, H) each; all slots.
@@ -89,75 +101,88 @@ class MllamaCache:
         for i in range(config.num_hidden_layers):
             if not config.is_cross_attention_layer(i):
                 index = i - num_cross
-                layers.append((self.keys[index].swapaxes(1, 2), self.values[index].swapaxes(1, 2)))
+                layers.append((self.keys[index], self.values[index]))
                 continue
             if self.cross_keys is None or self.cross_values is None:
                 layers.append(None)
             else:
-                pair = (self.cross_keys[num_cross], self.cross_values[num_cross])
-                layers.append((pair[0].swapaxes(1, 2), pair[1].swapaxes(1, 2)))
+                layers.append(self.read_images(jnp.int32(num_cross)))
             num_cross += 1
         return tuple(layers)
 
     @property
     def max_length(self) -> int:
         """Slots for text tokens."""
-        return self.keys.shape[2]
-
-    @property
-    def num_image_tokens(self) -> int:
-        """Image tokens a sample, 0 while no image has been seen."""
-        return 0 if self.cross_keys is None else self.cross_keys.shape[2]
+        return self.keys.shape[3]
 
     def append(
         self,
-        layer: Int[Array, ""],
         start: Int[Array, ""],
-        keys_BTKH: Float[Array, "B T K H"],
-        values_BTKH: Float[Array, "B T K H"],
+        keys: Float[Array, "layers B K T H"],
+        values: Float[Array, "layers B K T H"],
     ) -> Self:
-        """Writes a self-attention layer's new keys and values to the slots from ``start`` on."""
-        zero = jnp.zeros((), jnp.int32)
-        place = (layer, zero, start, zero, zero)
+        """Writes the keys and values of T new tokens, of all self-attention layers, from slot
+        ``start`` on."""
         return dataclasses.replace(
             self,
-            keys=_write(self.keys, keys_BTKH, place),
-            values=_write(self.values, values_BTKH, place),
+            keys=_write(self.keys, keys, start),
+            values=_write(self.values, values, start),
+            length=jnp.asarray(start + keys.shape[3], jnp.int32),
+        )
+
+    def with_images(
+        self,
+        keys: Float[Array, "cross_layers B K V H"],
+        values: Float[Array, "cross_layers B K V H"],
+    ) -> Self:
+        """The cache with the images' keys and values, of all cross-attention layers."""
+        num_image_tokens = keys.shape[3]
+        room = [(0, 0)] * 3 + [(0, -num_image_tokens % _IMAGE_TOKENS_MULTIPLE), (0, 0)]
+        return dataclasses.replace(
+            self,
+            cross_keys=jnp.pad(keys.astype(self.keys.dtype), room),
+            cross_values=jnp.pad(values.astype(self.values.dtype), room),
+            num_image_tokens=num_image_tokens,
+        )
+
+    def with_slots(self, max_length: int) -> Self:
+        """The cache with ``max_length`` slots, at least as many as it has."""
+        room = [(0, 0)] * 3 + [(0, max_length - self.max_length), (0, 0)]
+        return dataclasses.replace(
+            self, keys=jnp.pad(self.keys, room), values=jnp.pad(self.values, room)
+        )
+
+    def split_over(self, mesh: Mesh | None) -> Self:
+        """The cache inside a compiled function, its samples and heads split over a mesh."""
+        axes = ("layers", "batch", "kv_heads", "length", "head_dim")
+        stacks = ("keys", "values", "cross_keys", "cross_values")
+        present = {name: getattr(self, name) for name in stacks}
+        return dataclasses.replace(
+            self,
+            **{
+                name: constrain(stack, mesh, *axes)
+                for name, stack in present.items()
+                if stack is not None
+            },
         )
 
     def read(self, layer: Int[Array, ""]) -> tuple[Array, Array]:
-        """A self-attention layer's keys and values, (B, S, K, H) each."""
+        """A self-attention layer's keys and values, (B, K, S, H) each."""
         return _layer(self.keys, layer), _layer(self.values, layer)
 
-    def write_images(
-        self,
-        layer: Int[Array, ""],
-        keys_BVKH: Float[Array, "B V K H"],
-        values_BVKH: Float[Array, "B V K H"],
-    ) -> Self:
-        """Sets a cross-attention layer's keys and values."""
-        zero = jnp.zeros((), jnp.int32)
-        place = (layer, zero, zero, zero, zero)
-        cross_keys, cross_values = self._images()
-        return dataclasses.replace(
-            self,
-            cross_keys=_write(cross_keys, keys_BVKH, place),
-            cross_values=_write(cross_values, values_BVKH, place),
-        )
-
     def read_images(self, layer: Int[Array, ""]) -> tuple[Array, Array]:
-        """A cross-attention layer's keys and values, (B, V, K, H) each."""
-        cross_keys, cross_values = self._images()
-        return _layer(cross_keys, layer), _layer(cross_values, layer)
-
-    def _images(self) -> tuple[Array, Array]:
+        """A cross-attention layer's keys and values, (B, K, V, H) each."""
         if self.cross_keys is None or self.cross_values is None:
-            raise ValueError("the cache has no room for images (num_image_tokens is 0)")
-        return self.cross_keys, self.cross_values
+            raise ValueError("the cache holds no images (num_image_tokens is 0)")
+        pair = (_layer(self.cross_keys, layer), _layer(self.cross_values, layer))
+        return tuple(stack[:, :, : self.num_image_tokens] for stack in pair)
 
 
-def _write(stack: Array, update: Array, place: tuple[Array, ...]) -> Array:
-    return jax.lax.dynamic_update_slice(stack, update[None].astype(stack.dtype), place)
+def _write(stack: Array, new: Array, start: Array) -> Array:
+    written = jax.lax.dynamic_update_slice(stack, new.astype(stack.dtype), (0, 0, 0, start, 0))
+    # Left to itself, the TPU compiler lays the cache out for this small write, and copies all of it
+    # for every layer that reads it.
+    return with_layout_constraint(written, Layout(tuple(range(written.ndim))))
 
 
 def _layer(stack: Array, layer: Array) -> Array:

@@ -1,7 +1,5 @@
 """What a call of the decoder gives: checked, and brought to the form that the layers take."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
@@ -60,19 +58,13 @@ def features_of_samples(states: Array, batch_size: int, config: MllamaTextConfig
     return states.reshape(batch_size, -1, config.hidden_size)
 
 
-def with_room_for_images(
-    cache: MllamaCache, config: MllamaTextConfig, num_image_tokens: int
-) -> MllamaCache:
-    """The cache, with image slots if it has none yet; raises ValueError if others are taken."""
-    if cache.num_image_tokens == num_image_tokens:
-        return cache
-    if cache.num_image_tokens:
+def check_room_for_images(cache: MllamaCache, num_image_tokens: int) -> None:
+    """Raises ValueError if the cache holds other images than these."""
+    if cache.num_image_tokens not in (0, num_image_tokens):
         raise ValueError(
             f"past_key_values holds {cache.num_image_tokens} image tokens a sample, the new images "
             f"have {num_image_tokens}: images are given once, at the start"
         )
-    room = MllamaCache.create(config, cache.keys.shape[1], 0, num_image_tokens, cache.keys.dtype)
-    return dataclasses.replace(cache, cross_keys=room.cross_keys, cross_values=room.cross_values)
 
 
 def valid_slots(attention_mask: Array | None, batch_size: int, num_slots: int) -> Array:

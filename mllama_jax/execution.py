@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from mllama_jax.attention import AttentionKind, check_attention_kind
+from mllama_jax.attention import ATTENTION_RESULT, AttentionKind, check_attention_kind
 from mllama_jax.sharding import check_mesh
 
 RematPolicy = Literal["none", "dots", "attention", "full"]
@@ -22,9 +22,6 @@ REMAT_POLICIES: Mapping[RematPolicy, str] = {
     "full": "only each layer's input is kept: one more forward pass, least memory",
 }
 """What the backward pass finds in memory, and what it computes once more."""
-
-ATTENTION_RESULT = "attention_result"
-"""What the policy "attention" keeps; `attend`'s result is marked with this name."""
 
 _SAVED: dict[str, Callable[..., bool] | None] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,

@@ -28,13 +28,14 @@ class Mask(Protocol):
         ...
 
 
+@runtime_checkable
 class KeyRule(Protocol):
     """Says from one int32 a query which keys it may attend to, inside a kernel or outside.
 
     A rule is hashable and knows no arrays; ``codes`` of queries and key indices broadcast.
     """
 
-    def allows(self, codes: Int[Array, "..."], keys: Int[Array, "..."]) -> Bool[Array, "..."]:
+    def __call__(self, codes: Int[Array, "..."], keys: Int[Array, "..."]) -> Bool[Array, "..."]:
         """Whether queries of these codes may attend to the keys of these indices."""
         ...
 
@@ -49,7 +50,7 @@ class KeyRule(Protocol):
 class UpToKey:
     """A code is the index of the last key that the query may attend to."""
 
-    def allows(self, codes: Int[Array, "..."], keys: Int[Array, "..."]) -> Bool[Array, "..."]:
+    def __call__(self, codes: Int[Array, "..."], keys: Int[Array, "..."]) -> Bool[Array, "..."]:
         return keys <= codes
 
     def allows_some(
@@ -65,10 +66,10 @@ class KeysOfTiles:
     num_tiles: int
     tokens_per_tile: int
 
-    def allows(self, codes: Int[Array, "..."], keys: Int[Array, "..."]) -> Bool[Array, "..."]:
+    def __call__(self, codes: Int[Array, "..."], keys: Int[Array, "..."]) -> Bool[Array, "..."]:
         # A product in float32 is exact here, and vector units have no integer division.
         tiles = ((keys.astype(jnp.float32) + 0.5) * (1 / self.tokens_per_tile)).astype(jnp.int32)
-        allowed = (jax.lax.shift_right_logical(codes, tiles) & 1) != 0
+        allowed = ((codes >> tiles) & 1) != 0
         if self.num_tiles == MAX_TILES_IN_A_CODE:  # keys behind the last tile would be no bit
             allowed &= keys < self.num_tiles * self.tokens_per_tile
         return allowed
@@ -113,7 +114,9 @@ class CausalMask:
 
     def sees_a_key(self) -> Bool[Array, "B T"]:
         if self.query_segments_BT is None:
-            return jnp.argmax(self.valid_BS != 0, axis=1)[:, None] <= self.query_slots_T
+            num_slots = self.valid_BS.shape[1]
+            first_B = jnp.where(self.valid_BS != 0, jnp.arange(num_slots), num_slots).min(1)
+            return first_B[:, None] <= self.query_slots_T
         # One reduction; the compiler does not store what it reduces.
         return self.rows(0, self.query_slots_T.shape[0]).any(-1)
 

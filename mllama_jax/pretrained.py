@@ -98,9 +98,10 @@ class PretrainedModule(nn.Module):
         *,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike | None = None,
-        mesh: jax.sharding.Mesh | None = None,
+        mesh: jax.sharding.Mesh | str | None = None,
         hf_masked_rows: bool = False,
         attention: AttentionKind = "xla",
+        remat: RematPolicy = "none",
         revision: str | None = None,
     ) -> tuple[Self, Params]:
         """Loads a checkpoint; a part's class takes its own part out of a full one.
@@ -115,12 +116,12 @@ class PretrainedModule(nn.Module):
             of PEFT (merged into the base that it names).
           dtype: of the computation, an array dtype or its name.
           param_dtype: of the loaded parameters; ``dtype`` if None.
-          mesh: devices of all processes to split the parameters over; the default device if None.
-            Its axes are some of ``data`` (every group of devices along it holds all parameters),
-            ``fsdp`` (splits every matrix on its hidden size) and ``tensor`` (splits heads,
-            feed-forward width and vocabulary); see `mllama_jax.sharding`, whose `parse_mesh` makes
-            one of ``"fsdp=8,tensor=2"``.
-          hf_masked_rows, attention: see the class.
+          mesh: devices of all processes to split parameters and computation over, also in its
+            written form, such as ``"fsdp=8,tensor=2"`` (`mllama_jax.sharding.parse_mesh`); the
+            default device if None. Its axes are some of ``data`` (every group of devices along it
+            holds all parameters), ``fsdp`` (splits every matrix on its hidden size) and ``tensor``
+            (splits heads, feed-forward width and vocabulary).
+          hf_masked_rows, attention, remat: see the class.
           revision: of a hub id.
 
         Returns:
@@ -142,6 +143,7 @@ class PretrainedModule(nn.Module):
             mesh=mesh,
             hf_masked_rows=hf_masked_rows,
             attention=attention,
+            remat=remat,
             revision=revision,
         )
 

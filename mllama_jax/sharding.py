@@ -6,13 +6,17 @@ an axis that the mesh lacks is not split.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import flax.traverse_util
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from mllama_jax.shapes import Array
 
@@ -29,6 +33,7 @@ MESH_AXES: Mapping[str, str] = {
 SPLIT_OVER: dict[str, tuple[str, ...]] = {
     "layers": (),  # scanned over: a device that holds only some would have to be asked each step
     "batch": ("data", "fsdp"),
+    "sampled": ("data", "fsdp", "tensor"),
     "length": (),
     "vocab": ("tensor",),
     "embedding_rows": ("tensor",),
@@ -52,7 +57,7 @@ SPLIT_OVER: dict[str, tuple[str, ...]] = {
 REPLICATED_IF_FEWER = ("kv_heads", "vision_heads")
 """Axes that are kept whole on a mesh axis that is a multiple of them: fewer heads than devices."""
 
-SPLIT_AS_FAR_AS_DIVISIBLE = ("batch", "embedding_rows")
+SPLIT_AS_FAR_AS_DIVISIBLE = ("batch", "sampled", "embedding_rows")
 """Axes that are split over the first of their mesh axes only, or not at all, where more would not
 divide them: a small batch; the 128264 rows of the released models' embedding over 16 devices."""
 
@@ -135,8 +140,56 @@ def constrain(x: Array, mesh: Mesh | None, *axes: str | None) -> Array:
     """
     if mesh is None:
         return x
-    spec = partition_spec(axes, x.shape, mesh)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+    return jax.lax.with_sharding_constraint(x, _sharding(x.shape, mesh, axes))
+
+
+def num_parts(axis: str, size: int, mesh: Mesh | None) -> int:
+    """Into how many parts an axis of an array is split; of size 0, into how many at most."""
+    if mesh is None:
+        return 1
+    over = partition_spec((axis,), (size,), mesh)[0]
+    return _parts((over,) if isinstance(over, str) else over or (), mesh)
+
+
+def place(x: Array | np.ndarray, mesh: Mesh | None, *axes: str | None) -> jax.Array:
+    """Puts an array on a mesh, split as `partition_spec` says; whole on every device without axes.
+
+    In a job of several processes all of them call this with the same array, and each puts what
+    its own devices hold. Without a mesh the array goes to the default device.
+    """
+    if mesh is None:
+        return jnp.asarray(x)
+    axes = axes or (None,) * x.ndim
+    if isinstance(x, jax.Array) and (_is_local(mesh) or not x.is_fully_addressable):
+        return jax.device_put(x, _sharding(x.shape, mesh, axes))
+    return place_parts(np.asarray(x).__getitem__, x.shape, mesh, *axes)
+
+
+def place_parts(
+    part: Callable[[Any], np.ndarray],
+    shape: tuple[int, ...],
+    mesh: Mesh | None,
+    *axes: str | None,
+) -> jax.Array:
+    """As `place`, for an array of which ``part(slices)`` returns a region."""
+    if mesh is None:
+        return jnp.asarray(part((slice(None),) * len(shape)))
+    return jax.make_array_from_callback(shape, _sharding(shape, mesh, axes), part)
+
+
+def zeros(
+    shape: tuple[int, ...], dtype: DTypeLike, mesh: Mesh | None, *axes: str | None
+) -> jax.Array:
+    """As `place`, for zeros."""
+    return jnp.zeros(shape, dtype, device=None if mesh is None else _sharding(shape, mesh, axes))
+
+
+def _sharding(shape: Sequence[int], mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
+    return NamedSharding(mesh, partition_spec(axes, shape, mesh))
+
+
+def _is_local(mesh: Mesh) -> bool:
+    return all(device.process_index == jax.process_index() for device in mesh.devices.flat)
 
 
 def check_mesh(mesh: Mesh) -> None:
@@ -185,8 +238,59 @@ def parse_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
             f"mesh {text!r}: expected positive sizes whose product is {len(devices)}, the number "
             "of devices; one of them may be -1, for the rest"
         )
-    types = (AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), types, devices=devices)
+    grid = _arranged(text, sizes, devices)
+    return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def _arranged(text: str, sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices in the mesh's shape: neighbours along an axis are neighbours on the network.
+
+    Between slices of TPUs the network is slow: only the axis ``data``, which exchanges nothing but
+    gradients, goes over it.
+    """
+    num_slices = _num_slices(devices)
+    shape = tuple(sizes.values())
+    if num_slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if sizes.get("data", 1) % num_slices:
+        raise ValueError(
+            f"mesh {text!r}: the {len(devices)} devices are {num_slices} slices, and only the axis "
+            "data may go over the slow network between them: expected data to be a multiple of "
+            f"{num_slices}"
+        )
+    within = tuple(size // num_slices if axis == "data" else size for axis, size in sizes.items())
+    between = tuple(num_slices if axis == "data" else 1 for axis in sizes)
+    return mesh_utils.create_hybrid_device_mesh(
+        within, between, devices, allow_split_physical_axes=True
+    )
+
+
+def describe(mesh: Mesh) -> str:
+    """A line for people: the axes, the devices, and what is split into how many parts."""
+    devices = mesh.devices.ravel().tolist()
+    kind = devices[0].device_kind
+    kind = _TRADE_NAMES.get(kind, kind)
+    num_slices = _num_slices(devices)
+    slices = f" ({num_slices} slices of {mesh.size // num_slices})" if num_slices > 1 else ""
+    parts = {"parameters": ("fsdp", "tensor"), "batch": SPLIT_OVER["batch"]}
+    said = []
+    for name, over in parts.items():
+        ways = _parts([axis for axis in over if axis in mesh.shape], mesh)
+        said.append(f"{name} split {ways} ways" if ways > 1 else f"{name} whole")
+    plural = "s" if mesh.size > 1 else ""
+    return (
+        f"mesh {_written(mesh)} over {mesh.size} {kind} device{plural}{slices}: {', '.join(said)}"
+    )
+
+
+_TRADE_NAMES = {"TPU v5 lite": "TPU v5e", "TPU v5": "TPU v5p", "TPU v6 lite": "TPU v6e"}
+
+
+def _num_slices(devices: Sequence[jax.Device]) -> int:
+    """How many TPU slices, each with a fast network of its own, the devices belong to."""
+    if devices[0].platform != "tpu":
+        return 1
+    return len({getattr(device, "slice_index", None) for device in devices})
 
 
 def _parts(mesh_axes: Sequence[str], mesh: Mesh) -> int:

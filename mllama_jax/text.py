@@ -1,6 +1,5 @@
 """The language model: the decoder with its embedding, and with the head on top."""
 
-import dataclasses
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -9,17 +8,25 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
+from mllama_jax.attention.decode_kernel import DECODE_KERNEL_KINDS
 from mllama_jax.cache import LegacyCache, MllamaCache
 from mllama_jax.configs import MllamaConfig, MllamaTextConfig
-from mllama_jax.decoder import DecoderInputs, DecoderUnit, unstack_layers
+from mllama_jax.decoder import (
+    DecoderInputs,
+    DecoderUnit,
+    UnitOutputs,
+    decode_masks,
+    grown_cache,
+    unstack_layers,
+)
 from mllama_jax.decoder_inputs import (
     batch_and_length,
     check_cache,
+    check_room_for_images,
     check_shape,
     features_of_samples,
     tile_mask,
     valid_slots,
-    with_room_for_images,
 )
 from mllama_jax.generation.config import GenerationConfig
 from mllama_jax.layers import RMSNorm, logical, projection, scan_layers
@@ -118,12 +125,12 @@ class MllamaTextModel(DecoderModule):
 
     @nn.compact
     def _layers(
-        self, x_BTD: Array, cache: MllamaCache | None, inputs: DecoderInputs, **flags: Any
-    ) -> Any:
+        self, x_BTD: Array, inputs: DecoderInputs, **flags: bool
+    ) -> tuple[Array, UnitOutputs]:
         config = self.text_config
         scanned = scan_layers(DecoderUnit, config.num_units)
         return scanned(config, self.execution, self.hf_masked_rows, name="layers", **flags)(
-            (x_BTD, cache), jnp.arange(config.num_units), inputs
+            x_BTD, jnp.arange(config.num_units), inputs
         )
 
     def __call__(
@@ -204,10 +211,8 @@ class MllamaTextModel(DecoderModule):
             num_image_tokens = cross_attention_states.shape[1]
         else:
             num_image_tokens = 0 if cache is None else cache.num_image_tokens
-        if cache is None and use_cache:
-            cache = self.init_cache(B, T)
         if cache is not None and cross_attention_states is not None:
-            cache = with_room_for_images(cache, config, num_image_tokens)
+            check_room_for_images(cache, num_image_tokens)
 
         cross_mask, sees_image_BT = tile_mask(
             cross_attention_mask, B, T, num_image_tokens, cache_position, self.hf_masked_rows
@@ -220,29 +225,33 @@ class MllamaTextModel(DecoderModule):
             sin=sin,
             mask=CausalMask(start + jnp.arange(T), valid_slots(attention_mask, B, num_slots)),
             start=start,
+            cache=cache,
             cross_attention_states=cross_attention_states,
             cross_mask=cross_mask,
             sees_image_BT=sees_image_BT,
         )
-        (x_BTD, cache), (layer_inputs, weights) = self._layers(
+        is_decoding = T == 1 and cache is not None and cross_attention_states is None
+        if is_decoding and not output_attentions and self.attention in DECODE_KERNEL_KINDS:
+            inputs = inputs.replace(decode_masks=decode_masks(inputs))
+        x_BTD, outputs = self._layers(
             x_BTD,
-            cache,
             inputs,
             with_images=num_image_tokens > 0,
+            output_cache=use_cache,
             output_hidden_states=bool(output_hidden_states),
             output_attentions=bool(output_attentions),
         )
         x_BTD = self.norm(x_BTD)
-        if cache is not None:
-            cache = dataclasses.replace(cache, length=jnp.asarray(start + T, jnp.int32))
-        past: MllamaCache | LegacyCache | None = cache if use_cache else None
-        if isinstance(past_key_values, tuple) and isinstance(past, MllamaCache):
-            past = past.to_legacy_cache(config)
+        past: MllamaCache | LegacyCache | None = None
+        if use_cache:
+            past = grown_cache(self.init_cache(B, T) if cache is None else cache, start, outputs)
+            if isinstance(past_key_values, tuple):
+                past = past.to_legacy_cache(config)
         hidden_states = attentions = None
         if output_hidden_states:
-            hidden_states = (*unstack_layers(layer_inputs, config.num_units), x_BTD)
+            hidden_states = (*unstack_layers(outputs.layer_inputs, config.num_units), x_BTD)
         if output_attentions:
-            attentions = unstack_layers(weights, config.num_units)
+            attentions = unstack_layers(outputs.attentions, config.num_units)
         output = BaseModelOutputWithPast(x_BTD, past, hidden_states, attentions)
         return output.to_tuple() if return_dict is False else output
 
@@ -314,6 +323,7 @@ class MllamaForCausalLM(GenerativeModule):
             cache_position=cache_position,
         )
         logits = self.lm_head(outputs.last_hidden_state[:, -num_logits_to_keep:])
+        logits = constrain(logits, self.mesh, "batch", "length", "vocab")
         loss = None
         if labels is not None:
             if labels.shape != logits.shape[:2]:

@@ -14,12 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from mllama_jax.attention import attend, attend_with_weights
 from mllama_jax.configs import MllamaConfig, MllamaVisionConfig
-from mllama_jax.execution import ATTENTION_RESULT, Execution
+from mllama_jax.execution import Execution
 from mllama_jax.layers import (
     ACTIVATIONS,
     gated,
@@ -64,7 +63,6 @@ class VisionAttention(nn.Module):
             out, weights = attend_with_weights(q, k, v, mask)
         else:
             out = attend(q, k, v, mask, execution.attention, execution.mesh)
-            out = checkpoint_name(out, ATTENTION_RESULT)
         out = projection(
             config.hidden_size,
             ("vision_heads", "vision_head_dim", "vision_embed"),

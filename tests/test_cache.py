@@ -135,8 +135,8 @@ def test_cached_images_outlive_their_call(params: Any):
 
 def test_layout():
     cache = mj.MllamaCache.create(TEXT, 2, 11, 7, jnp.bfloat16)
-    assert cache.keys.shape == cache.values.shape == (4, 2, 11, 2, 6)
-    assert cache.cross_keys.shape == cache.cross_values.shape == (2, 2, 7, 2, 6)
+    assert cache.keys.shape == cache.values.shape == (4, 2, 2, 11, 6)
+    assert cache.cross_keys.shape == cache.cross_values.shape == (2, 2, 2, 16, 6)
     assert cache.keys.dtype == cache.cross_values.dtype == jnp.bfloat16
     assert (cache.max_length, cache.num_image_tokens, int(cache.length)) == (11, 7, 0)
     assert MODEL.clone(dtype="bfloat16").init_cache(1, 3).keys.dtype == jnp.bfloat16
@@ -150,29 +150,33 @@ def test_legacy_round_trip_is_exact():
     shapes = mj.MllamaCache.create(TEXT, 2, 5, 7)
     cache = jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), x.dtype), shapes)
     cache = cache.replace(length=jnp.int32(5))
+    images = (stack[:, :, :, :7] for stack in (cache.cross_keys, cache.cross_values))
+    cache = cache.with_images(*images)
     back = mj.MllamaCache.from_legacy_cache(TEXT, cache.to_legacy_cache(TEXT), room=0)
     jax.tree.map(np.testing.assert_array_equal, back, cache)
     roomy = mj.MllamaCache.from_legacy_cache(TEXT, cache.to_legacy_cache(TEXT), room=3)
     assert (roomy.max_length, int(roomy.length)) == (8, 5)
-    np.testing.assert_array_equal(roomy.keys[:, :, :5], cache.keys)
+    np.testing.assert_array_equal(roomy.keys[:, :, :, :5], cache.keys)
 
 
 def test_writes_go_where_they_belong():
     cache = mj.MllamaCache.create(TEXT, 1, 4, 3)
-    ones = jnp.ones((1, 2, 2, 6))
-    cache = cache.append(jnp.int32(2), jnp.int32(1), ones, 2 * ones)
-    expected = np.zeros((4, 1, 4, 2, 6))
-    expected[2, :, 1:3] = 1
-    np.testing.assert_array_equal(cache.keys, expected)
-    np.testing.assert_array_equal(cache.values, 2 * expected)
+    new = 1.0 + jnp.arange(4 * 2 * 2 * 6).reshape(4, 1, 2, 2, 6)
+    cache = cache.append(jnp.int32(1), new, 2 * new)
+    assert int(cache.length) == 3
+    expected = np.zeros((4, 1, 2, 4, 6))
+    expected[..., 1:3, :] = new
     keys, values = cache.read(jnp.int32(2))
     np.testing.assert_array_equal(keys, expected[2])
     np.testing.assert_array_equal(values, 2 * expected[2])
-    images = jnp.ones((1, 3, 2, 6))
-    cache = cache.write_images(jnp.int32(1), images, 3 * images)
-    np.testing.assert_array_equal(cache.cross_keys[0], 0)
-    np.testing.assert_array_equal(cache.read_images(jnp.int32(1))[0], images)
-    np.testing.assert_array_equal(cache.read_images(jnp.int32(1))[1], 3 * images)
+    larger = cache.with_slots(6)
+    assert larger.max_length == 6
+    np.testing.assert_array_equal(larger.keys[..., :4, :], expected)
+    np.testing.assert_array_equal(larger.values[..., 4:, :], 0)
+    images = 1.0 + jnp.arange(2 * 2 * 3 * 6).reshape(2, 1, 2, 3, 6)
+    cache = cache.with_images(images, 3 * images)
+    np.testing.assert_array_equal(cache.read_images(jnp.int32(1))[0], images[1])
+    np.testing.assert_array_equal(cache.read_images(jnp.int32(1))[1], 3 * images[1])
 
 
 TOKENS = np.ones((2, 4), np.int32)

@@ -1,27 +1,38 @@
 """Scaled dot-product attention with grouped heads, in named kinds that give the same result.
 
-========== =============================================================================
-reference  scores, softmax and product at full size; also returns the weights
-xla        blocks of queries, so that no more than a block of scores exists at a time
-========== =============================================================================
+================ ===========================================================================
+reference        scores, softmax and product at full size
+xla              blocks of queries, so that no more than a block of scores exists at a time
+cudnn            fused kernels for NVIDIA GPUs (bfloat16 and float16)
+splash           fused kernels for TPUs
+splash_interpret splash's kernels operation by operation, on any device: slow, for tests
+================ ===========================================================================
+
+Every kind but ``reference`` computes calls of fewer than `FEWEST_QUERIES` queries, such as a step
+of decoding, as ``xla`` does: a fused kernel has nothing to gain there.
 
 A query that may attend to nothing gets exact zeros.
 """
 
 from typing import Literal, get_args
 
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
+from mllama_jax.attention.names import ATTENTION_RESULT
 from mllama_jax.attention.reference import attend_with_weights
 from mllama_jax.attention.xla import attend_xla
 from mllama_jax.masks import Mask
 from mllama_jax.shapes import Array, Float
 
-AttentionKind = Literal["reference", "xla"]
+AttentionKind = Literal["reference", "xla", "cudnn", "splash", "splash_interpret"]
 ATTENTION_KINDS: tuple[str, ...] = get_args(AttentionKind)
+FEWEST_QUERIES = 128
 
 __all__ = [
     "ATTENTION_KINDS",
+    "ATTENTION_RESULT",
+    "FEWEST_QUERIES",
     "AttentionKind",
     "attend",
     "attend_with_weights",
@@ -46,9 +57,27 @@ def attend(
     """Attention of each query over the keys that its mask allows (all of them without a mask).
 
     Consecutive groups of ``N // K`` query heads share a key/value head. Scores and softmax are
-    float32, the result has the values' dtype.
+    float32, the result has the values' dtype. What the backward pass needs of it is marked with
+    the name `ATTENTION_RESULT` for rematerialisation.
+
+    Args:
+      mesh: what the fused kernels are split over: samples over data and fsdp, heads over tensor.
+
+    Raises:
+      ValueError: the kind is unknown, is not for these devices, or can't take the mask or dtype.
     """
-    if kind == "reference":
-        return attend_with_weights(q_BTNH, k_BSKH, v_BSKH, mask)[0]
     check_attention_kind(kind)
-    return attend_xla(q_BTNH, k_BSKH, v_BSKH, mask)
+    if kind == "reference":
+        out = attend_with_weights(q_BTNH, k_BSKH, v_BSKH, mask)[0]
+    elif kind == "xla" or q_BTNH.shape[1] < FEWEST_QUERIES:
+        out = attend_xla(q_BTNH, k_BSKH, v_BSKH, mask)
+    elif kind == "cudnn":
+        from mllama_jax.attention.cudnn import attend_cudnn
+
+        out = attend_cudnn(q_BTNH, k_BSKH, v_BSKH, mask, mesh)
+    else:  # imported here: only TPUs need the kernels
+        from mllama_jax.attention.splash import attend_splash
+
+        interpret = kind == "splash_interpret"
+        return attend_splash(q_BTNH, k_BSKH, v_BSKH, mask, mesh, interpret=interpret)
+    return checkpoint_name(out, ATTENTION_RESULT)

@@ -1,5 +1,6 @@
 """Kind ``xla``: blocks of queries, so that no more than a block of scores exists at a time."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -12,6 +13,9 @@ from mllama_jax.shapes import Array, Bool, Float
 _QUERY_BLOCK = 512
 
 
+Kernel = Callable[[Array, Array, Array, Bool[Array, "#B T S"] | None], Array]
+
+
 def attend_xla(
     q_BTNH: Float[Array, "B T N H"],
     k_BSKH: Float[Array, "B S K H"],
@@ -19,11 +23,7 @@ def attend_xla(
     mask: Mask | None,
 ) -> Float[Array, "B T N H"]:
     """`mllama_jax.attention.attend` in plain operations."""
-    length = q_BTNH.shape[1]
-    if length > _QUERY_BLOCK:
-        return _attend_in_blocks(q_BTNH, k_BSKH, v_BSKH, mask)
-    allowed = None if mask is None else mask.rows(0, length)
-    return _attend_block(q_BTNH, k_BSKH, v_BSKH, allowed)
+    return in_query_blocks(_attend_block, q_BTNH, k_BSKH, v_BSKH, mask)
 
 
 def _attend_block(
@@ -50,13 +50,20 @@ def _attend_block(
     return out.reshape(B, T, N, H).astype(v_BSKH.dtype)
 
 
-def _attend_in_blocks(
+def in_query_blocks(
+    attend_block: Kernel,
     q_BTNH: Float[Array, "B T N H"],
     k_BSKH: Float[Array, "B S K H"],
     v_BSKH: Float[Array, "B S K H"],
     mask: Mask | None,
 ) -> Float[Array, "B T N H"]:
+    """Runs ``attend_block(q, k, v, allowed)`` on one block of queries after the other.
+
+    Only a block of the mask exists at a time, ``allowed`` (B or 1, queries, S).
+    """
     B, T, N, H = q_BTNH.shape
+    if T <= _QUERY_BLOCK:
+        return attend_block(q_BTNH, k_BSKH, v_BSKH, None if mask is None else mask.rows(0, T))
     num_blocks = -(-T // _QUERY_BLOCK)
 
     # Rematerialised: the backward pass would otherwise keep every block's scores.
@@ -64,7 +71,7 @@ def _attend_in_blocks(
     def block(start: Array) -> Array:
         q_block = jax.lax.dynamic_slice_in_dim(q_BTNH, start, _QUERY_BLOCK, axis=1)
         allowed = None if mask is None else mask.rows(start, _QUERY_BLOCK)
-        return _attend_block(q_block, k_BSKH, v_BSKH, allowed)
+        return attend_block(q_block, k_BSKH, v_BSKH, allowed)
 
     # The last block starts early enough to be full; the rows that it repeats are dropped.
     starts = jnp.minimum(jnp.arange(num_blocks) * _QUERY_BLOCK, T - _QUERY_BLOCK)

@@ -2,9 +2,11 @@
 
 import sys
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
+
+from mllama_jax.cli.options import Attention, Dtype, print_choices
 
 
 def generate(
@@ -22,8 +24,10 @@ def generate(
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     stream: bool = True,
     date: str | None = None,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    attention: Literal["xla", "reference"] = "xla",
+    dtype: Dtype = "float32",
+    attention: Attention = "xla",
+    mesh: str | None = None,
+    distributed: bool = False,
     revision: str | None = None,
 ) -> None:
     """Answer one prompt about any number of pictures.
@@ -48,11 +52,20 @@ def generate(
         stream: write the answer as it grows, otherwise at the end.
         date: today's date as the chat template is to say it, for answers that can be repeated.
         dtype: of parameters and computation.
-        attention: how attention is computed; "reference" is slow and simple.
+        attention: how attention is computed: "splash" has kernels for TPUs, "cudnn" for NVIDIA
+            GPUs, "xla" runs anywhere, "reference" is slow and simple.
+        mesh: devices to split model and computation over, such as tensor=8 or data=2,tensor=4; -1
+            stands for all that are left. One device if not given.
+        distributed: this is one process of several, each on a host of its own and started with the
+            same command; the first one prints.
         revision: of a hub id.
     """
     import mllama_jax as mj
 
+    if distributed:
+        from mllama_jax.distributed import join_processes
+
+        join_processes()
     if prompt == "-":
         prompt = sys.stdin.read()
     processor = mj.MllamaProcessor.from_pretrained(model, revision=revision)
@@ -61,8 +74,9 @@ def generate(
     else:
         inputs = _chat_inputs(processor, prompt, image, system, date)
     module, params = mj.MllamaForConditionalGeneration.from_pretrained(
-        model, dtype=dtype, attention=attention, revision=revision
+        model, dtype=dtype, attention=attention, mesh=mesh, revision=revision
     )
+    print_choices(module)
     options = _sampling_options(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     if stop:
         options["stop_strings"] = stop

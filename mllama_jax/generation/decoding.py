@@ -7,7 +7,7 @@ side they were padded on, and all rows write their next token to the same slot.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -15,11 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import Mesh
 
 from mllama_jax.cache import MllamaCache
 from mllama_jax.generation.sampling import SamplingParams, sample
 from mllama_jax.pretrained import Params
 from mllama_jax.shapes import Array, Bool, Float, Int
+from mllama_jax.sharding import constrain, num_parts, partition_spec, place, place_parts, zeros
 
 __all__ = [
     "IMAGE_BUCKETS",
@@ -128,6 +130,8 @@ def encode_pictures(
 ) -> Float[Array, "B V D"]:
     """Image features of the wanted pictures; the others are zero and cost nothing.
 
+    On a mesh the pictures are split over the axes of the batch.
+
     Args:
         pixel_values, aspect_ratio_ids, aspect_ratio_mask: (B, M, …), as in `model.encode_images`.
         wanted: (B, M) bool, at least one of them True.
@@ -136,43 +140,77 @@ def encode_pictures(
     Returns:
         (B, num_images * L * P, D).
     """
+    mesh = model.mesh
     batch_size = len(wanted)
+    # Devices that hold different rows encode the pictures of their own rows.
+    groups = num_parts("batch", batch_size, mesh)
+    own_rows = batch_size // groups
+    sizes = [num_parts("batch", 0, mesh) // groups * size for size in PICTURE_BATCHES]
     rows, images = np.nonzero(wanted)
-    slots = rows * num_images + images
+    order = _by_group(rows // own_rows, groups)
     states = None
-    for start in range(0, len(rows), PICTURE_BATCHES[-1]):
-        chosen = slice(start, start + PICTURE_BATCHES[-1])
-        size = bucket(len(rows[chosen]), PICTURE_BATCHES)
-
-        def pick(values: np.ndarray, chosen: slice = chosen, size: int = size) -> np.ndarray:
-            picked = values[rows[chosen], images[chosen]]
-            return np.concatenate([picked, np.repeat(picked[:1], size - len(picked), axis=0)])
-
-        mask = None if aspect_ratio_mask is None else pick(aspect_ratio_mask)[:, None]
-        features = _encode(
-            model, params, pick(pixel_values)[:, None], pick(aspect_ratio_ids)[:, None], mask
+    for start in range(0, order.shape[1], sizes[-1]):
+        chosen = order[:, start : start + sizes[-1]]
+        missing = bucket(chosen.shape[1], sizes) - chosen.shape[1]
+        chosen = np.pad(chosen, ((0, 0), (0, missing)), constant_values=_NOTHING).ravel()
+        pixels, ids, tiles = (
+            None if values is None else _picked(values, rows[chosen], images[chosen], mesh)
+            for values in (pixel_values, aspect_ratio_ids, aspect_ratio_mask)
         )
+        features = _encode(model, params, pixels, ids, tiles)
         if states is None:
-            shape = (batch_size * num_images, *features.shape[1:])
-            states = jnp.zeros(shape, features.dtype)
+            shape = (batch_size, num_images, *features.shape[1:])
+            states = zeros(shape, features.dtype, mesh, "batch", None, None, None)
         # What fills up a batch goes nowhere: its slot is out of range.
-        places = np.full(size, len(states), np.int32)
-        places[: len(slots[chosen])] = slots[chosen]
-        states = _place(states, features, places)
+        slots = rows[chosen] % own_rows * num_images + images[chosen]
+        slots = np.where(chosen == _NOTHING, own_rows * num_images, slots).astype(np.int32)
+        states = _put(states, features, place(slots, mesh), mesh)
     assert states is not None
     return states.reshape(batch_size, -1, states.shape[-1])
+
+
+_NOTHING = -1
+
+
+def _by_group(group_of: np.ndarray, num_groups: int) -> np.ndarray:
+    """(groups, most): the indices of each group's members, filled up with `_NOTHING`."""
+    members = [np.flatnonzero(group_of == group) for group in range(num_groups)]
+    most = max(map(len, members))
+    return np.stack([np.pad(m, (0, most - len(m)), constant_values=_NOTHING) for m in members])
+
+
+def _picked(values: np.ndarray, rows: np.ndarray, images: np.ndarray, mesh: Mesh | None) -> Array:
+    """One image of each of these rows; a process picks only what its own devices take."""
+    shape = (len(rows), 1, *values.shape[2:])
+
+    def pick(index: tuple[slice, ...]) -> np.ndarray:
+        return values[rows[index[0]], images[index[0]]][:, None]
+
+    return place_parts(pick, shape, mesh, "batch", *[None] * (len(shape) - 1))
 
 
 @partial(jax.jit, static_argnames="model")
 def _encode(
     model: Any, params: Params, pixel_values: Array, ids: Array, mask: Array | None
 ) -> Array:
-    return model.apply({"params": params}, pixel_values, ids, mask, method="encode_images")
+    features = model.apply({"params": params}, pixel_values, ids, mask, method="encode_images")
+    return constrain(features, model.mesh, "batch", None, None)
 
 
-@partial(jax.jit, donate_argnames="states")
-def _place(states: Array, features: Array, places: Array) -> Array:
-    return states.at[places].set(features, mode="drop")
+@partial(jax.jit, static_argnames="mesh", donate_argnames="states")
+def _put(states: Array, features: Array, slots: Array, mesh: Mesh | None) -> Array:
+    """Writes features to slots, which each group of devices counts among its own rows."""
+
+    def put(states: Array, features: Array, slots: Array) -> Array:
+        flat = states.reshape(-1, *states.shape[2:])
+        return flat.at[slots].set(features, mode="drop").reshape(states.shape)
+
+    if mesh is None:
+        return put(states, features, slots)
+    own = partition_spec(("batch",), states.shape[:1], mesh)
+    return jax.shard_map(put, mesh=mesh, in_specs=(own, own, own), out_specs=own)(
+        states, features, slots
+    )
 
 
 @partial(jax.jit, static_argnames="model")
@@ -190,7 +228,7 @@ def prefill(model: Any, params: Params, prompt: Prompt, rules: Rules) -> DecodeS
         position_ids=prompt.position_ids,
         cross_attention_states=prompt.cross_attention_states,
         cross_attention_mask=prompt.cross_attention_mask,
-        past_key_values=model.init_cache(batch_size, num_slots),
+        past_key_values=model.init_cache(batch_size, num_slots).split_over(model.mesh),
         use_cache=True,
         num_logits_to_keep=1,
     )
@@ -206,7 +244,7 @@ def prefill(model: Any, params: Params, prompt: Prompt, rules: Rules) -> DecodeS
         lengths=jnp.zeros(batch_size, jnp.int32),
         ended=jnp.zeros(batch_size, bool),
     )
-    return _choose(state, output.logits[:, -1], rules)
+    return _choose(model, state, output.logits[:, -1], rules)
 
 
 @partial(jax.jit, static_argnames="model", donate_argnames="state")
@@ -241,19 +279,23 @@ def decode(
             use_cache=True,
         )
         state = replace(state, cache=output.past_key_values, position=position)
-        return _choose(state, output.logits[:, -1], rules)
+        return _choose(model, state, output.logits[:, -1], rules)
 
     state = replace(state, ended=state.ended | stopped)
     return jax.lax.while_loop(goes_on, add_token, state)
 
 
-def _choose(state: DecodeState, logits: Float[Array, "B W"], rules: Rules) -> DecodeState:
+def _choose(
+    model: Any, state: DecodeState, logits: Float[Array, "B W"], rules: Rules
+) -> DecodeState:
     """Chooses every row's next token and writes it down."""
+    # A draw goes over a row's logits many times: each row is drawn on one device.
+    logits = constrain(logits, model.mesh, "sampled", None)
     too_early = rules.is_end & (state.step < rules.min_new_tokens)
     keys = jax.vmap(jax.random.fold_in, (0, None))(rules.keys, state.step)
     chosen = sample(keys, jnp.where(too_early, -jnp.inf, logits), rules.sampling)
     token = jnp.where(state.ended, rules.pad_token_id, chosen)
-    return replace(
+    state = replace(
         state,
         tokens=jax.lax.dynamic_update_slice(state.tokens, token[:, None], (0, state.step)),
         last=token,
@@ -261,3 +303,11 @@ def _choose(state: DecodeState, logits: Float[Array, "B W"], rules: Rules) -> De
         lengths=state.lengths + ~state.ended,
         ended=state.ended | rules.is_end[token],
     )
+
+    def whole(small: Array) -> Array:
+        return constrain(small, model.mesh, *[None] * small.ndim)
+
+    # The host of every process looks at all of the state but the cache.
+    rest = {field.name: getattr(state, field.name) for field in fields(state)}
+    cache = rest.pop("cache").split_over(model.mesh)
+    return DecodeState(cache=cache, **jax.tree.map(whole, rest))

@@ -6,16 +6,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from mllama_jax.distributed import check_same_in_all_processes
 from mllama_jax.generation.config import DEFAULT_MAX_LENGTH, GenerationConfig, check_options
 from mllama_jax.generation.decoding import DecodeState, Rules, decode, prefill
-from mllama_jax.generation.inputs import Text, check_images, check_text, make_prompt
+from mllama_jax.generation.inputs import Text, check_images, check_text, host_arrays, make_prompt
 from mllama_jax.generation.sampling import SamplingParams, row_keys
 from mllama_jax.generation.streaming import Decoder, Listener
 from mllama_jax.pretrained import Params
 from mllama_jax.shapes import Array, Float, Int
+from mllama_jax.sharding import place
 from mllama_jax.text import GenerativeModule
 
 __all__ = ["TOKENS_PER_LOOK", "GenerateOutput", "generate"]
@@ -73,6 +76,10 @@ def generate(
     in any batch, whatever side it is padded on. Programs are compiled for a bounded set of prompt
     lengths, cache sizes and image counts (see `decoding`), and for each batch size.
 
+    On a mesh (``model.mesh``) rows are split over data and fsdp, as far as their number allows, and
+    heads over tensor. In a job of several processes each calls this with the same inputs and gets
+    the same, whole answer.
+
     Args:
         model: `MllamaForConditionalGeneration`, or `MllamaForCausalLM` (which takes no pixels).
         params: the model's parameters.
@@ -93,7 +100,7 @@ def generate(
 
     Raises:
         TypeError: there is no option of that name.
-        ValueError: inputs or options are unusable or disagree.
+        ValueError: inputs or options are unusable or disagree, or differ between processes.
     """
     config = _settings(model, generation_config, options)
     # Where padding looks like an end token, nothing can be said about a prompt without a mask.
@@ -110,7 +117,12 @@ def generate(
     )
     batch_size, prompt_length = text.input_ids.shape
     max_new_tokens = _max_new_tokens(config, options, prompt_length, model)
-    rules = _rules(config, model.text_config.vocab_size, row_keys(seed, batch_size))
+    check_same_in_all_processes(
+        "the inputs and options of generate",
+        [text.input_ids, text.mask, *host_arrays(images), config, np.asarray(seed)],
+        model.mesh,
+    )
+    rules = _rules(config, model.text_config.vocab_size, row_keys(seed, batch_size), model.mesh)
     listener = None
     if streamer is not None or config.all_stop_strings:
         listener = _listener(tokenizer, config, text, streamer)
@@ -141,8 +153,9 @@ def _decode_all(
         step = int(state.step)
         if step >= max_new_tokens or (stopped | np.asarray(state.ended)).all():
             break
-        limit = jnp.asarray(min(step + stride, max_new_tokens), jnp.int32)
-        state = decode(model, params, state, rules, jnp.asarray(stopped), limit)
+        limit = np.asarray(min(step + stride, max_new_tokens), np.int32)
+        stopped_and_limit = (place(x, model.mesh) for x in (stopped, limit))
+        state = decode(model, params, state, rules, *stopped_and_limit)
     lengths = np.asarray(state.lengths)
     if listener is not None:
         listener.close()
@@ -220,7 +233,7 @@ def _listener(
     return Listener(tokenizer, config.all_stop_strings, prompts, streamer)
 
 
-def _rules(config: GenerationConfig, vocab_size: int, keys: Array) -> Rules:
+def _rules(config: GenerationConfig, vocab_size: int, keys: Array, mesh: Mesh | None) -> Rules:
     outside = [token for token in config.eos_token_ids if token >= vocab_size]
     if outside:
         raise ValueError(
@@ -242,9 +255,9 @@ def _rules(config: GenerationConfig, vocab_size: int, keys: Array) -> Rules:
             min_p=float(config.min_p or 0),
         )
     return Rules(
-        sampling=sampling,
-        keys=keys,
-        is_end=jnp.asarray(is_end),
-        min_new_tokens=jnp.asarray(config.min_new_tokens or 0, jnp.int32),
-        pad_token_id=jnp.asarray(pad, jnp.int32),
+        sampling=jax.tree.map(lambda values: place(values, mesh), sampling),
+        keys=jax.random.wrap_key_data(place(jax.random.key_data(keys), mesh)),
+        is_end=place(is_end, mesh),
+        min_new_tokens=place(np.asarray(config.min_new_tokens or 0, np.int32), mesh),
+        pad_token_id=place(np.asarray(pad, np.int32), mesh),
     )

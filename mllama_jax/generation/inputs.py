@@ -16,9 +16,10 @@ from mllama_jax.generation.decoding import (
 )
 from mllama_jax.pretrained import Params
 from mllama_jax.shapes import Array
+from mllama_jax.sharding import place
 from mllama_jax.text import GenerativeModule
 
-__all__ = ["Images", "Text", "check_images", "check_text", "make_prompt"]
+__all__ = ["Images", "Text", "check_images", "check_text", "host_arrays", "make_prompt"]
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def _features(
             f"cross_attention_states has shape {states.shape}, expected (batch={batch_size}, image "
             f"tokens, hidden_size={config.hidden_size})"
         )
-    states = jnp.asarray(states).reshape(batch_size, -1, config.hidden_size)
+    states = states.reshape(batch_size, -1, config.hidden_size)
     mask = np.ones((batch_size, length, 1, 1), bool)
     if cross_attention_mask is not None:
         mask = np.asarray(cross_attention_mask) != 0
@@ -198,6 +199,12 @@ def _features(
             f"{length}, images, tiles) with {states.shape[1]} image tokens a sample"
         )
     return Images(mask, states=states)
+
+
+def host_arrays(images: Images | None) -> list[np.ndarray]:
+    """What of the pictures or features lies in this process's memory."""
+    values = [] if images is None else list(vars(images).values())
+    return [value for value in values if isinstance(value, np.ndarray)]
 
 
 def make_prompt(
@@ -217,15 +224,18 @@ def make_prompt(
         extra = tuple(range(2, values.ndim))
         aligned = np.take_along_axis(values, np.expand_dims(np.maximum(source, 0), extra), axis=1)
         aligned = np.where(np.expand_dims(is_token, extra), aligned, 0)
-        return jnp.asarray(aligned, jnp.int32)
+        return whole(aligned)
+
+    def whole(values: np.ndarray) -> Array:
+        return place(values.astype(np.int32), model.mesh)
 
     states = mask = None
     if images is not None:
         states, mask = _image_states(model, params, images)
     return Prompt(
         input_ids=align(text.input_ids),
-        position_ids=jnp.asarray(np.maximum(slots[:num_prompt_slots] - start, 0), jnp.int32),
-        attention_mask=jnp.asarray(slots >= start, jnp.int32),
+        position_ids=whole(np.maximum(slots[:num_prompt_slots] - start, 0)),
+        attention_mask=whole(slots >= start),
         cross_attention_states=states,
         cross_attention_mask=None if mask is None else align(mask),
     )
@@ -251,7 +261,8 @@ def _image_states(
     mask = np.pad(images.mask, ((0, 0), (0, 0), (0, missing), (0, 0)))
     if images.states is not None:
         per_image = images.states.shape[1] // wanted.shape[1]
-        return jnp.pad(images.states, ((0, 0), (0, missing * per_image), (0, 0))), mask
+        states = place(images.states, model.mesh, "batch", None, None)
+        return jnp.pad(states, ((0, 0), (0, missing * per_image), (0, 0))), mask
     assert images.pixel_values is not None
     assert images.aspect_ratio_ids is not None
     states = encode_pictures(

@@ -130,6 +130,7 @@ def layer_inputs(pair: Pair) -> tuple[np.ndarray, np.ndarray, DecoderInputs, dic
         sin=sin,
         mask=CausalMask(jnp.arange(T), jnp.asarray(valid)),
         start=jnp.zeros((), jnp.int32),
+        cache=None,
         cross_attention_states=jnp.asarray(states),
         cross_mask=TileMask(jnp.asarray(tiles | ~sees_image[..., None]), PATCHES),
         sees_image_BT=jnp.asarray(sees_image),
@@ -167,9 +168,9 @@ def test_decoder_layer(kind: str, pair: str, request: pytest.FixtureRequest):
 
     @jax.jit
     def run(params: dict, x: jax.Array, inputs: DecoderInputs):
-        no_cache = (None, jnp.zeros((), jnp.int32))
-        out, _, _ = layer.apply({"params": params}, x, inputs, *no_cache, False)
-        also_out, _, weights = layer.apply({"params": params}, x, inputs, *no_cache, True)
+        index = jnp.zeros((), jnp.int32)
+        out, _, _ = layer.apply({"params": params}, x, inputs, index, False)
+        also_out, _, weights = layer.apply({"params": params}, x, inputs, index, True)
         return out, also_out, weights
 
     out, also_out, weights = run(params, x, inputs)

@@ -1,0 +1,36 @@
+"""Masks of rank one as extra features of queries and keys: kernels need not know them.
+
+A product of two features that are both ``_LARGE`` takes a score so far down that its exponential
+is exactly zero, yet stays finite in float32. Any other product is exactly zero, so that all other
+scores keep their bits.
+"""
+
+import jax.numpy as jnp
+
+from mllama_jax.masks import PaddingPairMask
+from mllama_jax.shapes import Array, Float
+
+# A power of two, exact in bfloat16.
+_LARGE = 2.0**60
+
+
+def with_padding_column(
+    q_BENH: Float[Array, "B E N H"], k_BEKH: Float[Array, "B E K H"], mask: PaddingPairMask
+) -> tuple[Float[Array, "B E N h"], Float[Array, "B E K h"]]:
+    """Queries and (scaled) keys with the feature that forbids pairs of padding."""
+    column_BE11 = jnp.where(mask.padding_BE, _LARGE, 0.0)[:, :, None, None]
+    return _append(q_BENH, column_BE11), _append(k_BEKH, -column_BE11)
+
+
+def with_end_column(
+    q_BTNH: Float[Array, "B T N H"], k_BSKH: Float[Array, "B S K H"], num_keys: int
+) -> tuple[Float[Array, "B T N h"], Float[Array, "B S K h"]]:
+    """Queries and keys with the feature that hides keys from index ``num_keys`` on."""
+    hidden_S = jnp.arange(k_BSKH.shape[1]) >= num_keys
+    column_S11 = jnp.where(hidden_S, -_LARGE, 0.0)[:, None, None]
+    return _append(q_BTNH, jnp.ones((1, 1, 1))), _append(k_BSKH, column_S11)
+
+
+def _append(x: Array, column: Array) -> Array:
+    column = jnp.broadcast_to(column, (*x.shape[:-1], 1)).astype(x.dtype)
+    return jnp.concatenate([x, column], axis=-1)
