@@ -8,8 +8,9 @@ splash           fused kernels for TPUs
 splash_interpret splash's kernels operation by operation, on any device: slow, for tests
 ================ ===========================================================================
 
-Every kind but ``reference`` computes calls of fewer than `FEWEST_QUERIES` queries, such as a step
-of decoding, as ``xla`` does: a fused kernel has nothing to gain there.
+Every kind but ``reference`` computes calls of fewer than `FEWEST_QUERIES` queries as ``xla`` does:
+a fused kernel has nothing to gain there. A step of decoding reads the cache where it lies: with
+``splash`` by a kernel of its own (`decode_kernel`), otherwise in plain operations (`step`).
 
 A query that may attend to nothing gets exact zeros.
 """

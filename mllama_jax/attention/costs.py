@@ -15,10 +15,12 @@ class KernelCost:
     Attributes:
       flops: of matrix products, multiplications and additions.
       exponentials: of the softmax; each comes with about ten other operations on vectors.
+      bytes: that it waits for, of a kernel that does little but read.
     """
 
     flops: float
     exponentials: float
+    bytes: float = 0.0
 
 
 def splash_cost(

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
 
-from mllama_jax.attention.on_mesh import check_platform
+from mllama_jax.attention.on_mesh import check_platform, head_axes, shared_head
 from mllama_jax.shapes import Array, Float, Int
 from mllama_jax.sharding import partition_spec
 
@@ -64,18 +64,13 @@ def attend_decode(
     if mesh is None:
         return kernel(K, scalars, q_BNH, keys, values, allowed_B1S, new)
 
-    parts = mesh.shape.get("tensor", 1)
     batch = partition_spec(("batch",), (B,), mesh)[0]
-    divisible = N % parts == 0 and (K % parts == 0 or parts % K == 0)
-    heads = "tensor" if divisible and parts > 1 else None
-    kv_heads = heads if K % parts == 0 else None
+    heads, kv_heads = head_axes(N, K, mesh)
 
     def local(scalars: tuple[Array, ...], q: Array, keys: Array, *rest: Any) -> Array:
         if heads == kv_heads:
             return kernel(keys.shape[2], scalars, q, keys, *rest)
-        # Fewer key/value heads than devices: each reads the one that its query heads share.
-        head = jax.lax.axis_index("tensor") // (parts // K)
-        return kernel(1, (*scalars[:2], head.reshape(1)), q, keys, *rest)
+        return kernel(1, (*scalars[:2], shared_head(K, mesh).reshape(1)), q, keys, *rest)
 
     cache = PartitionSpec(None, batch, kv_heads)
     token = PartitionSpec(batch, kv_heads)

@@ -26,15 +26,12 @@ def on_mesh(
     heads share. What a mesh does not divide is computed by all its devices.
     """
     (B, _, N, _), K = q_BTNH.shape, k_BSKH.shape[2]
-    parts = mesh.shape.get("tensor", 1)
-    divisible = N % parts == 0 and (K % parts == 0 or parts % K == 0)
     batch = partition_spec(("batch",), (B,), mesh)[0]
-    heads = "tensor" if divisible and parts > 1 else None
-    kv_heads = heads if K % parts == 0 else None
+    heads, kv_heads = head_axes(N, K, mesh)
 
     def local(q: Array, k: Array, v: Array, mask: Mask | None) -> Array:
         if heads != kv_heads:
-            head = jax.lax.axis_index("tensor") // (parts // K)
+            head = shared_head(K, mesh)
             k, v = (jax.lax.dynamic_slice_in_dim(x, head, 1, axis=2) for x in (k, v))
         return kernel(q, k, v, mask)
 
@@ -51,6 +48,21 @@ def on_mesh(
         out_specs=q_spec,
         check_vma=False,  # the kernels don't say over which axes their results vary
     )(q_BTNH, k_BSKH, v_BSKH, mask)
+
+
+def head_axes(num_heads: int, num_kv_heads: int, mesh: Mesh) -> tuple[str | None, str | None]:
+    """The mesh axes that query heads and key/value heads are split over, None for whole ones."""
+    parts = mesh.shape.get("tensor", 1)
+    fewer = parts % num_kv_heads == 0
+    if parts == 1 or num_heads % parts or (num_kv_heads % parts and not fewer):
+        return None, None
+    return "tensor", "tensor" if num_kv_heads % parts == 0 else None
+
+
+def shared_head(num_kv_heads: int, mesh: Mesh) -> Array:
+    """Inside `jax.shard_map`, with fewer key/value heads than devices along tensor: the one that
+    this device's query heads share."""
+    return jax.lax.axis_index("tensor") // (mesh.shape["tensor"] // num_kv_heads)
 
 
 def check_platform(kind: str, platforms: Sequence[str], mesh: Mesh | None) -> None:

@@ -218,23 +218,23 @@ def prefill(model: Any, params: Params, prompt: Prompt, rules: Rules) -> DecodeS
     """Reads the prompts and chooses each row's first token.
 
     Args:
-        model: a module with `init_cache`, hashable.
+        model: hashable.
     """
     batch_size, num_slots = prompt.attention_mask.shape
+    # Without a past: attention then knows that slots and tokens are the same.
     output = model.apply(
         {"params": params},
         input_ids=prompt.input_ids,
-        attention_mask=prompt.attention_mask,
+        attention_mask=prompt.attention_mask[:, : prompt.input_ids.shape[1]],
         position_ids=prompt.position_ids,
         cross_attention_states=prompt.cross_attention_states,
         cross_attention_mask=prompt.cross_attention_mask,
-        past_key_values=model.init_cache(batch_size, num_slots).split_over(model.mesh),
         use_cache=True,
         num_logits_to_keep=1,
     )
     cross_mask = prompt.cross_attention_mask
     state = DecodeState(
-        cache=output.past_key_values,
+        cache=output.past_key_values.with_slots(num_slots).split_over(model.mesh),
         attention_mask=prompt.attention_mask,
         cross_attention_mask=None if cross_mask is None else cross_mask[:, -1:],
         tokens=jnp.full((batch_size, num_slots), rules.pad_token_id, jnp.int32),
