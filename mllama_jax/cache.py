@@ -156,15 +156,12 @@ class MllamaCache:
         """The cache inside a compiled function, its samples and heads split over a mesh."""
         axes = ("layers", "batch", "kv_heads", "length", "head_dim")
         stacks = ("keys", "values", "cross_keys", "cross_values")
-        present = {name: getattr(self, name) for name in stacks}
-        return dataclasses.replace(
-            self,
-            **{
-                name: constrain(stack, mesh, *axes)
-                for name, stack in present.items()
-                if stack is not None
-            },
-        )
+        split: dict[str, Any] = {
+            name: constrain(getattr(self, name), mesh, *axes)
+            for name in stacks
+            if getattr(self, name) is not None
+        }
+        return dataclasses.replace(self, **split)
 
     def read(self, layer: Int[Array, ""]) -> tuple[Array, Array]:
         """A self-attention layer's keys and values, (B, K, S, H) each."""

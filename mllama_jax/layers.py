@@ -92,6 +92,33 @@ def projection(
     )
 
 
+class Embedding(nn.Module):
+    """A table of which rows are looked up, an index outside of it finds NaN.
+
+    On a mesh each device looks up its own columns for the samples of all that share them: neither
+    the table nor its gradient is exchanged, only results.
+    """
+
+    num_rows: int
+    features: int
+    std: float
+    execution: Execution
+
+    @nn.compact
+    def __call__(self, ids_BT: Array) -> Array:
+        execution = self.execution
+        axes = ("embedding_rows", "embed")
+        normal = logical(jax.nn.initializers.normal(self.std), *axes)
+        shape = (self.num_rows, self.features)
+        table = self.param("embedding", normal, shape, execution.param_dtype)
+        table = table.astype(execution.dtype)
+        if not self.is_initializing():
+            table = constrain(table, execution.mesh, *axes)
+        x_BTD = jnp.take(table, ids_BT, axis=0)
+        x_BTD = constrain(x_BTD, execution.mesh, "looked_up", "length", "embed")
+        return constrain(x_BTD, execution.mesh, "batch", "length", None)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm of the last axis; statistics in float32.
 
@@ -105,14 +132,26 @@ class RMSNorm(nn.Module):
     def __call__(self, x: Array) -> Array:
         ones = logical(jax.nn.initializers.ones, "norm")
         scale = self.param("scale", ones, (x.shape[-1],), self.execution.param_dtype)
+        if not self.is_initializing():
+            scale = constrain(scale, self.execution.mesh, "norm")
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
         return (x * scale.astype(jnp.float32)).astype(self.execution.dtype)
 
 
-def layer_norm(name: str | None, epsilon: float, execution: Execution) -> nn.LayerNorm:
+class LayerNorm(nn.LayerNorm):
+    """Flax's, with parameters and their gradients whole on every device of a mesh."""
+
+    mesh: Mesh | None = None
+
+    def param(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        value = super().param(name, *args, **kwargs)
+        return value if self.is_initializing() else constrain(value, self.mesh, "norm")
+
+
+def layer_norm(name: str | None, epsilon: float, execution: Execution) -> LayerNorm:
     """Layer norm of the last axis; statistics in float32."""
-    return nn.LayerNorm(
+    return LayerNorm(
         epsilon=epsilon,
         use_fast_variance=False,
         dtype=execution.dtype,
@@ -120,6 +159,7 @@ def layer_norm(name: str | None, epsilon: float, execution: Execution) -> nn.Lay
         scale_init=logical(jax.nn.initializers.ones, "norm"),
         bias_init=logical(jax.nn.initializers.zeros, "norm"),
         name=name,
+        mesh=execution.mesh,
     )
 
 

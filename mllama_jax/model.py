@@ -1,5 +1,6 @@
 """The whole model: vision encoder, projector and language model."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -11,6 +12,7 @@ from mllama_jax.configs import MllamaConfig
 from mllama_jax.layers import projection
 from mllama_jax.outputs import CausalLMOutputWithPast
 from mllama_jax.shapes import Array, Float, Int
+from mllama_jax.sharding import constrain, num_parts
 from mllama_jax.text import GenerativeModule, MllamaForCausalLM
 from mllama_jax.vision import MllamaVisionModel, dummy_images
 
@@ -55,11 +57,48 @@ class MllamaForConditionalGeneration(GenerativeModule):
 
         The arguments are `MllamaVisionModel.__call__`'s.
         """
-        features: Any = self.vision_model(pixel_values, aspect_ratio_ids, aspect_ratio_mask)
-        return self._project(features.last_hidden_state)
+        B, M = pixel_values.shape[:2]
+        inputs: list[Array] = [pixel_values, aspect_ratio_ids]
+        if aspect_ratio_mask is not None:
+            inputs.append(aspect_ratio_mask)
+        shards = num_parts("batch", B, self.mesh)
+        a_device = B * M // shards
+        if self.images_at_once is None or a_device <= self.images_at_once:
+            features = self._encode(inputs)
+        else:
+            features = self._encode_in_turns(inputs, shards, a_device)
+        return rearrange(features, "(B M) L P D -> B (M L P) D", B=B)
 
-    def _project(self, features_BMLPO: Array) -> Array:
-        return rearrange(self.multi_modal_projector(features_BMLPO), "B M L P D -> B (M L P) D")
+    def _encode(self, inputs: Sequence[Array]) -> Array:
+        """Projected features (B * M, L, P, D)."""
+        features: Any = self.vision_model(*inputs)
+        projected = self.multi_modal_projector(features.last_hidden_state)
+        return rearrange(projected, "B M L P D -> (B M) L P D")
+
+    def _encode_in_turns(self, inputs: Sequence[Array], shards: int, a_device: int) -> Array:
+        """``images_at_once`` pictures of every device's own at a time."""
+        assert self.images_at_once is not None
+        turns = -(-a_device // self.images_at_once)
+        room = turns * self.images_at_once - a_device
+
+        def in_turns(x: Array) -> Array:
+            """(B, M, …) to (turns, pictures of a turn on all devices, 1, …), without exchange."""
+            x = x.reshape(shards, a_device, 1, *x.shape[2:])
+            x = jnp.pad(x, [(0, 0), (0, room)] + [(0, 0)] * (x.ndim - 2))
+            x = rearrange(x, "s (t i) ... -> t (s i) ...", t=turns)
+            return constrain(x, self.mesh, None, "batch", *[None] * (x.ndim - 2))
+
+        def encode(model: MllamaForConditionalGeneration, _: None, turn: Any) -> tuple[None, Array]:
+            return None, model._encode(turn)
+
+        encode = encode if self.remat == "none" else nn.remat(encode, prevent_cse=False)
+        scanned = nn.scan(
+            encode, variable_broadcast=("params", "lora"), split_rngs={"params": False}
+        )
+        _, features = scanned(self, None, [in_turns(jnp.asarray(x)) for x in inputs])
+        features = rearrange(features, "t (s i) ... -> s (t i) ...", s=shards)[:, :a_device]
+        features = features.reshape(-1, *features.shape[2:])
+        return constrain(features, self.mesh, "batch", None, None, None)
 
     def __call__(
         self,
@@ -99,29 +138,11 @@ class MllamaForConditionalGeneration(GenerativeModule):
         Raises:
           ValueError: arguments exclude each other, one is missing, or shapes disagree.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         if pixel_values is not None:
-            if cross_attention_states is not None:
-                raise ValueError("pixel_values and cross_attention_states exclude each other")
-            if aspect_ratio_ids is None:
-                raise ValueError("pixel_values needs aspect_ratio_ids")
-            num_samples = len(inputs_embeds if input_ids is None else input_ids)  # type: ignore[arg-type]
-            if pixel_values.shape[0] != num_samples:
-                raise ValueError(
-                    f"pixel_values has {pixel_values.shape[0]} samples, the text {num_samples}"
-                )
-            cross_attention_states = self.encode_images(
-                pixel_values, aspect_ratio_ids, aspect_ratio_mask
+            cross_attention_states = self._states_of_pixels(
+                *(input_ids, inputs_embeds, cross_attention_states, cross_attention_mask),
+                *(pixel_values, aspect_ratio_ids, aspect_ratio_mask),
             )
-            if cross_attention_mask is not None:
-                images = pixel_values.shape[1:3]
-                if cross_attention_mask.ndim != 4 or cross_attention_mask.shape[2:] != images:
-                    raise ValueError(
-                        f"cross_attention_mask has shape {cross_attention_mask.shape}, expected "
-                        f"(batch, tokens, {images[0]}, {images[1]}) to match pixel_values "
-                        f"{pixel_values.shape}"
-                    )
         return self.language_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -138,6 +159,61 @@ class MllamaForConditionalGeneration(GenerativeModule):
             cache_position=cache_position,
             num_logits_to_keep=num_logits_to_keep,
         )
+
+    def loss(
+        self,
+        labels: Int[Array, "B T"],
+        pixel_values: Float[Array, "B M L C height width"] | None = None,
+        aspect_ratio_ids: Int[Array, "B M"] | None = None,
+        aspect_ratio_mask: Int[Array, "B M L"] | None = None,
+        **inputs: Any,
+    ) -> tuple[Float[Array, ""], Int[Array, ""]]:
+        """The sum of the labels' losses and their number, as `MllamaForCausalLM.loss`.
+
+        Args:
+          pixel_values, aspect_ratio_ids, aspect_ratio_mask: as for `__call__`.
+          **inputs: its other arguments, as `MllamaForCausalLM.loss` takes them.
+        """
+        if pixel_values is not None:
+            text = ("input_ids", "inputs_embeds", "cross_attention_states", "cross_attention_mask")
+            inputs["cross_attention_states"] = self._states_of_pixels(
+                *(inputs.get(name) for name in text),
+                *(pixel_values, aspect_ratio_ids, aspect_ratio_mask),
+            )
+        return self.language_model.loss(labels, **inputs)
+
+    def _states_of_pixels(
+        self,
+        input_ids: Array | None,
+        inputs_embeds: Array | None,
+        cross_attention_states: Array | None,
+        cross_attention_mask: Array | None,
+        pixel_values: Array,
+        aspect_ratio_ids: Array | None,
+        aspect_ratio_mask: Array | None,
+    ) -> Array:
+        """Image features of a call that gives pixels, once its arguments are found to agree."""
+        text = inputs_embeds if input_ids is None else input_ids
+        if text is None:
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        if cross_attention_states is not None:
+            raise ValueError("pixel_values and cross_attention_states exclude each other")
+        if aspect_ratio_ids is None:
+            raise ValueError("pixel_values needs aspect_ratio_ids")
+        if pixel_values.shape[0] != len(text):
+            raise ValueError(
+                f"pixel_values has {pixel_values.shape[0]} samples, the text {len(text)}"
+            )
+        images = pixel_values.shape[1:3]
+        if cross_attention_mask is not None and (
+            cross_attention_mask.ndim != 4 or cross_attention_mask.shape[2:] != images
+        ):
+            raise ValueError(
+                f"cross_attention_mask has shape {cross_attention_mask.shape}, expected "
+                f"(batch, tokens, {images[0]}, {images[1]}) to match pixel_values "
+                f"{pixel_values.shape}"
+            )
+        return self.encode_images(pixel_values, aspect_ratio_ids, aspect_ratio_mask)
 
     @nn.nowrap
     def dummy_inputs(self) -> dict[str, Array]:

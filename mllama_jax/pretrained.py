@@ -34,6 +34,8 @@ class PretrainedModule(nn.Module):
       remat: what the backward pass recomputes, one of `mllama_jax.execution.REMAT_POLICIES`.
       mesh: the devices that parameters and activations are split over (`mllama_jax.sharding`);
         None leaves it to where the arguments are.
+      images_at_once: pictures that a device encodes at a time, None for all of a batch: fewer need
+        less memory, above all in training.
     """
 
     config: MllamaConfig | MllamaTextConfig | MllamaVisionConfig
@@ -43,6 +45,7 @@ class PretrainedModule(nn.Module):
     attention: AttentionKind = "xla"
     remat: RematPolicy = "none"
     mesh: jax.sharding.Mesh | None = None
+    images_at_once: int | None = None
 
     component: ClassVar["Component"]
     """The part of a full checkpoint that this class holds."""
@@ -67,6 +70,7 @@ class PretrainedModule(nn.Module):
             "attention": self.attention,
             "remat": self.remat,
             "mesh": self.mesh,
+            "images_at_once": self.images_at_once,
         }
 
     @nn.nowrap

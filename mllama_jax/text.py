@@ -29,17 +29,21 @@ from mllama_jax.decoder_inputs import (
     valid_slots,
 )
 from mllama_jax.generation.config import GenerationConfig
-from mllama_jax.layers import RMSNorm, logical, projection, scan_layers
-from mllama_jax.loss import cross_entropy, shift_labels
+from mllama_jax.layers import Embedding, RMSNorm, projection, scan_layers
+from mllama_jax.loss import IGNORED_LABEL, cross_entropy, shift_labels
 from mllama_jax.masks import CausalMask
 from mllama_jax.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from mllama_jax.pretrained import Params, PretrainedModule
 from mllama_jax.rope import inverse_frequencies, rotary_table
 from mllama_jax.shapes import Array, Float, Int
-from mllama_jax.sharding import constrain
+from mllama_jax.sharding import constrain, num_parts
 
 if TYPE_CHECKING:
     from mllama_jax.generation.generate import GenerateOutput
+
+
+LOSS_TOKENS_AT_ONCE = 1024
+"""Fewer than 512 tokens make the products with the vocabulary slow; each costs half a megabyte."""
 
 
 class DecoderModule(PretrainedModule):
@@ -112,14 +116,8 @@ class MllamaTextModel(DecoderModule):
 
     def setup(self) -> None:
         config = self.text_config
-        self.embed_tokens = nn.Embed(
-            config.num_embeddings,
-            config.hidden_size,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            embedding_init=logical(
-                jax.nn.initializers.normal(config.initializer_range), "embedding_rows", "embed"
-            ),
+        self.embed_tokens = Embedding(
+            config.num_embeddings, config.hidden_size, config.initializer_range, self.execution
         )
         self.norm = RMSNorm(config.rms_norm_eps, self.execution)
 
@@ -186,7 +184,8 @@ class MllamaTextModel(DecoderModule):
         check_shape("position_ids", position_ids, (B, T), (1, T))
         check_shape("cache_position", cache_position, (T,))
         check_shape("full_text_row_masked_out_mask", full_text_row_masked_out_mask, (B, 1, T, 1))
-        x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x_BTD = inputs_embeds if input_ids is None else self.embed_tokens(input_ids)
+        assert x_BTD is not None
         x_BTD = constrain(x_BTD.astype(self.dtype), self.mesh, "batch", "length", None)
         use_cache = config.use_cache if use_cache is None else use_cache
 
@@ -274,6 +273,52 @@ class MllamaForCausalLM(GenerativeModule):
             dot_general=partial(jax.lax.dot_general, preferred_element_type=jnp.float32),
         )
 
+    def loss(
+        self,
+        labels: Int[Array, "B T"],
+        *,
+        tokens_at_once: int = LOSS_TOKENS_AT_ONCE,
+        **inputs: Any,
+    ) -> tuple[Float[Array, ""], Int[Array, ""]]:
+        """The sum over labels of ``-log p(label)``, float32, and how many labels count.
+
+        As the loss of `__call__`, times the count, but the logits never exist all at once, neither
+        here nor in the backward pass, which computes them again.
+
+        Args:
+          labels: (B, T) token ids, as for `__call__`.
+          tokens_at_once: a device computes the logits of about so many tokens at a time.
+          **inputs: other arguments of `MllamaTextModel.__call__`.
+        """
+        outputs: Any = self.model(**inputs, use_cache=False)
+        x_BTD, labels = outputs.last_hidden_state, shift_labels(labels)
+        B, T = labels.shape
+        rows = B // num_parts("batch", B, self.mesh)
+        length = min(T, max(tokens_at_once // rows, 1))
+        num_chunks = -(-T // length)
+        room = num_chunks * length - T
+        labels = jnp.pad(labels, ((0, 0), (0, room)), constant_values=IGNORED_LABEL)
+        x_BTD = jnp.pad(x_BTD, ((0, 0), (0, room), (0, 0)))
+        chunks = (
+            x_BTD.reshape(B, num_chunks, length, -1),
+            labels.reshape(B, num_chunks, length),
+        )
+        scanned = nn.scan(
+            nn.remat(MllamaForCausalLM._add_loss, prevent_cse=False),
+            variable_broadcast=("params", "lora"),
+            split_rngs={"params": False},
+            in_axes=1,
+        )
+        nothing = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
+        return scanned(self, nothing, chunks)[0]
+
+    def _add_loss(self, so_far: tuple[Array, Array], chunk: tuple[Array, Array]) -> Any:
+        total, count = cross_entropy(self._logits(chunk[0]), chunk[1])
+        return (so_far[0] + total, so_far[1] + count), None
+
+    def _logits(self, x_BTD: Array) -> Array:
+        return constrain(self.lm_head(x_BTD), self.mesh, "batch", "length", "vocab")
+
     def __call__(
         self,
         input_ids: Int[Array, "B T"] | None = None,
@@ -322,8 +367,7 @@ class MllamaForCausalLM(GenerativeModule):
             output_hidden_states=output_hidden_states,
             cache_position=cache_position,
         )
-        logits = self.lm_head(outputs.last_hidden_state[:, -num_logits_to_keep:])
-        logits = constrain(logits, self.mesh, "batch", "length", "vocab")
+        logits = self._logits(outputs.last_hidden_state[:, -num_logits_to_keep:])
         loss = None
         if labels is not None:
             if labels.shape != logits.shape[:2]:

@@ -189,7 +189,7 @@ class TileEmbedding(nn.Module):
         gate = self.param(
             "gate", logical(jax.nn.initializers.zeros, None), (1,), execution.param_dtype
         )
-        chosen = _choose("BR,RLD->BLD", one_hot_BR, table, execution.dtype)
+        chosen = _choose("BR,RLD->BLD", one_hot_BR, table, execution)
         return x_BLPD + gated(chosen, gate)[:, :, None]
 
 
@@ -218,16 +218,29 @@ class PositionEmbedding(nn.Module):
             "gate", logical(jax.nn.initializers.zeros, None), (1,), execution.param_dtype
         )
         openness = jnp.tanh(gate.astype(jnp.float32))
-        x_BLPD = x_BLPD + ((1 - openness) * shared).astype(execution.dtype)
-        chosen = _choose("BR,RLPD->BLPD", one_hot_BR, by_tile, execution.dtype)
+        shared = _as_stored(((1 - openness) * shared).astype(execution.dtype), execution)
+        x_BLPD = x_BLPD + shared
+        chosen = _choose("BR,RLPD->BLPD", one_hot_BR, by_tile, execution)
         return x_BLPD + gated(chosen, gate)
 
 
-def _choose(pattern: str, one_hot: Array, table: Array, dtype: DTypeLike) -> Array:
-    """Rows of a table by a one-hot product: a gather from a sharded table compiles for minutes."""
-    return jnp.einsum(
-        pattern, one_hot.astype(dtype), table.astype(dtype), precision=jax.lax.Precision.HIGHEST
+def _choose(pattern: str, one_hot: Array, table: Array, execution: Execution) -> Array:
+    """Rows of a table by a one-hot product: a gather from a sharded table compiles for minutes.
+
+    As in `mllama_jax.layers.Embedding`, each device looks up its own columns.
+    """
+    table = _as_stored(table.astype(execution.dtype), execution)
+    chosen = jnp.einsum(
+        pattern, one_hot.astype(execution.dtype), table, precision=jax.lax.Precision.HIGHEST
     )
+    inner = [None] * (chosen.ndim - 2)
+    chosen = constrain(chosen, execution.mesh, "looked_up", *inner, "vision_embed")
+    return constrain(chosen, execution.mesh, "batch", *inner, None)
+
+
+def _as_stored(table: Array, execution: Execution) -> Array:
+    """A table whose columns, and those of its gradient, are split over the devices that hold it."""
+    return constrain(table, execution.mesh, *[None] * (table.ndim - 1), "vision_embed")
 
 
 class MllamaVisionModel(PretrainedModule):
@@ -354,10 +367,12 @@ class MllamaVisionModel(PretrainedModule):
         x_BLPD = self.patch_embedding(patches)
         x_BLPD = self.pre_tile_positional_embedding(x_BLPD, one_hot_BR)
         class_token = jnp.broadcast_to(
-            self.class_embedding.astype(self.dtype), (*x_BLPD.shape[:2], 1, x_BLPD.shape[3])
+            _as_stored(self.class_embedding.astype(self.dtype), self.execution),
+            (*x_BLPD.shape[:2], 1, x_BLPD.shape[3]),
         )
         x_BLPD = jnp.concatenate([class_token, x_BLPD], axis=2)
-        return self.layernorm_pre(self.gated_positional_embedding(x_BLPD, one_hot_BR))
+        x_BLPD = self.gated_positional_embedding(x_BLPD, one_hot_BR)
+        return self.layernorm_pre(constrain(x_BLPD, self.mesh, "batch", None, None, None))
 
     @nn.nowrap
     def dummy_inputs(self) -> dict[str, Array]:

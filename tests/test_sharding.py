@@ -8,7 +8,15 @@ from jax.sharding import PartitionSpec as P
 
 import mllama_jax as mj
 from mllama_jax import sharding
-from mllama_jax.sharding import param_axes, param_shardings, parse_mesh, partition_spec
+from mllama_jax.plan.topology import parse_topology
+from mllama_jax.sharding import (
+    describe,
+    num_parts,
+    param_axes,
+    param_shardings,
+    parse_mesh,
+    partition_spec,
+)
 
 MODEL = mj.MllamaForConditionalGeneration(mj.MllamaConfig())
 BLOCK = "language_model/model/layers/block_3"
@@ -87,6 +95,13 @@ def test_small_batches_and_odd_embeddings_are_split_as_far_as_it_goes():
         assert partition_spec(("batch",), (size,), mesh(data=2, fsdp=4)) == P(split)
 
 
+def test_number_of_parts():
+    found = [num_parts("batch", size, mesh(data=2, fsdp=4, tensor=3)) for size in (0, 16, 6, 3)]
+    assert found == [8, 8, 2, 1]
+    assert num_parts("sampled", 24, mesh(data=2, fsdp=4, tensor=3)) == 24
+    assert num_parts("batch", 16, None) == 1
+
+
 def test_indivisible_parameters_are_named_together():
     whole = "the parameters can't be split over the mesh fsdp=3,tensor=5:\n"
     with pytest.raises(ValueError, match=whole) as error:
@@ -104,7 +119,9 @@ def test_two_axes_on_one_mesh_axis_are_refused(monkeypatch):
 
 
 def test_names_that_the_table_lacks_are_refused():
-    with pytest.raises(ValueError, match="axis width is not one of layers, batch, length, vocab"):
+    with pytest.raises(
+        ValueError, match="axis width is not one of layers, batch, sampled, looked_up, len"
+    ):
         partition_spec(("width",), (4,), mesh(fsdp=2))
 
 
@@ -143,3 +160,40 @@ def test_a_mesh_is_written_as_axis_and_size(text):
 def test_a_mesh_takes_all_devices(text):
     with pytest.raises(ValueError, match="expected positive sizes whose product is 1, the number"):
         parse_mesh(text, jax.devices()[:1])
+
+
+# Where the devices of a mesh stand ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("topology", ["v5e:4x4", "v5p:4x4x4"])
+def test_axes_follow_the_torus(topology):
+    for row in parse_topology(topology).mesh("fsdp=-1,tensor=4").devices:
+        moved = [len({device.coords[dim] for device in row}) > 1 for dim in range(3)]
+        assert sum(moved) == 1
+
+
+@pytest.mark.parametrize("text", ["data=2,fsdp=8", "data=4,fsdp=2,tensor=2", "data=16"])
+def test_only_data_goes_over_the_network_between_slices(text):
+    devices = parse_topology("v5e:2x4*2").mesh(text).devices
+    first, second = devices[: len(devices) // 2], devices[len(devices) // 2 :]
+    assert {device.slice_index for device in first.flat} == {0}
+    assert {device.slice_index for device in second.flat} == {1}
+
+
+@pytest.mark.parametrize("text", ["fsdp=16", "data=1,fsdp=16", "tensor=8,fsdp=2"])
+def test_other_axes_between_slices_are_refused(text):
+    with pytest.raises(ValueError, match=r"16 devices are 2 slices, .* data to be a multiple of 2"):
+        parse_topology("v5e:2x4*2").mesh(text)
+
+
+def test_a_mesh_is_described_in_a_line():
+    assert describe(parse_topology("v5e:2x4*2").mesh("data=2,fsdp=8")) == (
+        "mesh data=2,fsdp=8 over 16 TPU v5e devices (2 slices of 8): parameters split 8 ways, "
+        "batch split 16 ways"
+    )
+    assert describe(parse_topology("v6e:2x2").mesh("tensor=4")) == (
+        "mesh tensor=4 over 4 TPU v6e devices: parameters split 4 ways, batch whole"
+    )
+    assert describe(parse_mesh("fsdp=1", jax.devices()[:1])) == (
+        "mesh fsdp=1 over 1 cpu device: parameters whole, batch whole"
+    )

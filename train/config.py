@@ -29,6 +29,7 @@ _TYPE_NAMES: dict[Any, str] = {
     int | None: "a whole number or null",
     str | None: "text or null",
     tuple[int, ...]: "a list of whole numbers",
+    tuple[str, ...]: "a list of texts",
 }
 
 
@@ -50,6 +51,21 @@ class ModelConfig:
     remat: str = "none"
     """What the backward pass recomputes instead of keeping it: none, dots (all but the products
     with weights), attention (all but attention's results), full (all but each layer's input)."""
+    images_at_once: int | None = None
+    """Pictures that a device encodes at a time; null for all of its share of a batch."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters, trained instead of the parameters themselves, which stay frozen."""
+
+    rank: int = 0
+    """Of the adapters; 0 trains all parameters instead."""
+    alpha: float = 32.0
+    """What an adapter adds is scaled by alpha / rank."""
+    targets: tuple[str, ...] = ("language_model/*_proj",)
+    """Projections with an adapter: patterns of their paths, with *. The default is every
+    projection of the decoder, of self- and of cross-attention layers."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +134,13 @@ class TrainConfig:
     steps: int = MISSING
     seed: int = 0
     """Decides the order of the examples."""
+    mesh: str | None = None
+    """How the devices of all processes are divided, such as fsdp=8,tensor=2; null uses one device.
+    The batch is split over data and fsdp."""
     log_every: int = 10
     """Steps between two progress lines; metrics.jsonl gets every step."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -315,6 +335,10 @@ def _range_problems(config: TrainConfig) -> Iterator[str]:
     lengths = values["data.lengths"]
     if not lengths or list(lengths) != sorted(set(lengths)) or lengths[0] < 1:
         yield f"data.lengths={lengths!r}: expected rising positive lengths, such as [64, 128]"
-    limit = values["evaluation.limit"]
-    if limit is not None and limit < 1:
-        yield f"evaluation.limit={limit!r}: expected a number above 0, or null for all"
+    for key in ("evaluation.limit", "model.images_at_once"):
+        if values[key] is not None and values[key] < 1:
+            yield f"{key}={values[key]!r}: expected a number above 0, or null for all"
+    if values["lora.rank"] < 0:
+        yield f"lora.rank={values['lora.rank']!r}: expected a number above 0, or 0 for no adapters"
+    if values["lora.rank"] and not values["lora.targets"]:
+        yield "lora.targets=(): expected patterns of the projections that get an adapter"

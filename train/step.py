@@ -7,12 +7,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mllama_jax.loss import IGNORED_LABEL
-from mllama_jax.outputs import CausalLMOutputWithPast
 from mllama_jax.pretrained import Params, PretrainedModule
 from mllama_jax.shapes import Array
-from mllama_jax.train.config import OptimizerConfig
+from mllama_jax.sharding import param_shardings
+from mllama_jax.train.config import LoraConfig, OptimizerConfig
+from mllama_jax.train.lora import adapter_shardings, collection
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
@@ -22,7 +23,8 @@ Metrics = dict[str, Array]
 class TrainState:
     """All that changes from step to step on the device.
 
-    ``step`` counts the updates made (int32 scalar); ``rng`` is a key that steps draw from.
+    ``step`` counts the updates made (int32 scalar); ``params`` are those that are trained: the
+    model's, or adapters; ``rng`` is a key that steps draw from.
     """
 
     step: Array
@@ -31,14 +33,41 @@ class TrainState:
     rng: Array
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state before the first step."""
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        opt_state=optimizer.init(params),
-        rng=jax.random.key(seed),
+def init_state(
+    params: Params, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh | None = None
+) -> TrainState:
+    """The state before the first step; the optimizer's lies where the parameters do."""
+    rng = jax.random.key(seed)
+    step = jnp.zeros((), jnp.int32)
+    if mesh is not None:
+        step, rng = jax.device_put((step, rng), NamedSharding(mesh, PartitionSpec()))
+    places = None if mesh is None else placed_like(jax.eval_shape(optimizer.init, params), params)
+    opt_state = jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda x: x.sharding, places))(
+        params
     )
+    return TrainState(step=step, params=params, opt_state=opt_state, rng=rng)
+
+
+def placed_like(tree: Any, params: Params) -> Any:
+    """Shapes of a tree that holds copies of the parameters' tree, placed as the parameters are.
+
+    Args:
+        tree: of `jax.ShapeDtypeStruct`, such as an optimizer's state; what belongs to no parameter
+            is whole on every device.
+        params: arrays, or shapes, with shardings on one mesh.
+    """
+    places = {
+        jax.tree_util.keystr(path): leaf.sharding
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    whole = NamedSharding(next(iter(places.values())).mesh, PartitionSpec())
+
+    def place(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        name = jax.tree_util.keystr(path)
+        sharding = next((s for end, s in places.items() if name.endswith(end)), whole)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(place, tree)
 
 
 def learning_rates(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -53,11 +82,11 @@ def learning_rates(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def decayed(params: Params) -> Params:
-    """True for the parameters under weight decay: kernels.
+    """True for the parameters under weight decay: kernels and adapters.
 
     Norms, biases, gates and embeddings (token, class, position and tile) are left alone.
     """
-    return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
+    return jax.tree.map_with_path(lambda path, _: path[-1].key in ("kernel", "a", "b"), params)
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
@@ -75,21 +104,25 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     )
 
 
-@partial(jax.jit, static_argnames=("model", "config", "steps"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("model", "config", "steps", "lora"), donate_argnames="state")
 def train_step(
     state: TrainState,
     batch: Batch,
+    frozen: Params | None = None,
     *,
     model: PretrainedModule,
     config: OptimizerConfig,
     steps: int,
+    lora: LoraConfig | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One update; the given state's memory is taken over.
 
     Args:
         state: before the step.
         batch: the model's inputs and ``labels`` (B, T), -100 where nothing is learned.
+        frozen: the model's parameters, where adapters are trained.
         model, config, steps: the model, and what `make_optimizer` is given.
+        lora: of the adapters in ``state.params``; None trains the model's parameters.
 
     Returns:
         The state after the step, and scalars: ``loss``, the mean over the labels that count;
@@ -97,26 +130,40 @@ def train_step(
         ``learning_rate``, what this step used.
     """
 
-    def loss_of(params: Params) -> Array:
+    def loss_of(params: Params) -> tuple[Array, Array]:
+        if lora is None:
+            variables: dict[str, Any] = {"params": params}
+        else:
+            variables = {"params": frozen, "lora": collection(params, lora)}
         inputs: Any = batch  # none of them is one of apply's own arguments
-        output = model.apply({"params": params}, **inputs, use_cache=False)
-        loss = cast(CausalLMOutputWithPast, output).loss
-        assert loss is not None  # a batch has labels
-        return loss
+        total, count = cast(Any, model.apply(variables, **inputs, method="loss"))
+        return total / count, count
 
-    loss, grads = jax.value_and_grad(loss_of)(state.params)
+    (loss, count), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    places = _places(model, lora)
+    grads = _placed(grads, places)
     updates, opt_state = make_optimizer(config, steps).update(grads, state.opt_state, state.params)
     metrics = {
         "loss": loss,
-        # The first token has no predecessor to be predicted from.
-        "labels": (batch["labels"][:, 1:] != IGNORED_LABEL).sum(),
+        "labels": count,
         "grad_norm": optax.tree.norm(grads),
         "learning_rate": jnp.asarray(learning_rates(config, steps)(state.step), jnp.float32),
     }
     new_state = TrainState(
         step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
+        params=_placed(optax.apply_updates(state.params, updates), places),
         opt_state=opt_state,
         rng=state.rng,
     )
     return new_state, metrics
+
+
+def _places(model: PretrainedModule, lora: LoraConfig | None) -> Any:
+    """Where the trained parameters lie: a sharding for each, None without a mesh."""
+    if model.mesh is None:
+        return None
+    return param_shardings(model, model.mesh) if lora is None else adapter_shardings(model, lora)
+
+
+def _placed(tree: Any, places: Any) -> Any:
+    return tree if places is None else jax.lax.with_sharding_constraint(tree, places)

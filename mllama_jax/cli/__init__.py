@@ -11,11 +11,12 @@ def main() -> None:
     from mllama_jax.cli.demo import demo
     from mllama_jax.cli.generate import generate
     from mllama_jax.cli.inspect import inspect
+    from mllama_jax.cli.plan import plan
     from mllama_jax.cli.train import train
     from mllama_jax.cli.verify import verify
 
     app = tyro.extras.SubcommandApp()
-    for command in (convert, inspect, verify, generate, train, demo):
+    for command in (convert, inspect, verify, generate, train, plan, demo):
         chosen = command.__name__ in sys.argv[1:2]
         summary = (command.__doc__ or "").splitlines()[0]
         # A line each in the list of commands, everything where a command is asked for its help.

@@ -1,0 +1,74 @@
+"""What to change in a job that does not fit."""
+
+import math
+from collections.abc import Iterator
+
+from jax.sharding import Mesh
+
+from mllama_jax.plan.job import Job
+from mllama_jax.plan.record import GIB, Memory
+from mllama_jax.sharding import num_parts
+
+_FOR_TEMPORARIES = 0.35
+_STATE = ("parameters", "optimizer state", "adapters", "parameters of other programs")
+
+
+def advice(job: Job, mesh: Mesh, memory: Memory) -> tuple[str, ...]:
+    """Changes in the order in which to try them."""
+    if memory.fits:
+        return ()
+    amounts = {amount.kind: amount.bytes for amount in memory.amounts}
+    state = sum(amounts.get(kind, 0) for kind in _STATE)
+    hints = list(_less_state(job, mesh)) if state > 0.6 * memory.usable else []
+    hints += _less_of_the_rest(job, mesh, memory, state)
+    if state > memory.usable:  # nothing but less of it, or more chips, helps
+        hints = list(_less_state(job, mesh))
+    return (*hints, _more_chips(job, mesh, memory, state))
+
+
+def _less_state(job: Job, mesh: Mesh) -> Iterator[str]:
+    if mesh.shape.get("data", 1) > 1 and job.trains:
+        yield "--mesh with less data and more fsdp: data holds all parameters once for each group"
+    if job.task == "train":
+        yield "--task lora: frozen parameters need no gradients and no optimizer state"
+        if job.param_dtype == "float32":
+            yield "--param-dtype bfloat16: halves parameters and AdamW's moments, less exact"
+    elif job.param_dtype == "float32":
+        yield "--param-dtype bfloat16: halves the parameters"
+    elif mesh.shape.get("data", 1) > 1:
+        yield f"--mesh tensor={mesh.size}: every chip holds a smaller part of the parameters"
+
+
+def _less_of_the_rest(job: Job, mesh: Mesh, memory: Memory, state: int) -> Iterator[str]:
+    groups = num_parts("batch", 0, mesh)
+    batch, length = job.batch or 1, job.length or 0
+    # As if all but the parameters and what belongs to them grew with the batch.
+    room = batch * (memory.usable - state) / (memory.needed - state)
+    if job.trains and job.remat != "full":
+        yield "--remat full: keeps only each layer's input for the backward pass"
+    if job.attention in ("xla", "reference") and mesh.devices.flat[0].platform == "tpu":
+        yield "--attention splash: no scores in memory"
+    if batch > groups:
+        fewer = max(groups, int(room) // groups * groups)
+        yield f"--batch {fewer}: fewer samples at once"
+    if job.trains and (job.images_at_once or batch // groups * job.images) > 1:
+        yield "--images-at-once 1: each chip encodes one picture after the other"
+    if length > 1:
+        what = "a shorter cache" if job.task == "decode" else "less text"
+        yield f"--length {length // 2}: {what}"
+
+
+def _more_chips(job: Job, mesh: Mesh, memory: Memory, state: int) -> str:
+    """What is split over all chips shrinks with their number."""
+    data = mesh.shape.get("data", 1)
+    spare = memory.usable - (memory.needed - state)
+    if not memory.complete:  # what the program makes on the way is not known yet
+        spare -= int(_FOR_TEMPORARIES * memory.usable)
+    if spare <= 0:
+        return "a topology with more memory a chip, such as v5p"
+    chips = 2 ** math.ceil(math.log2(mesh.size * state / spare))
+    axis = "fsdp" if job.trains else "tensor"
+    return (
+        f"more chips: about {max(chips, 2 * mesh.size // data)} with everything split over {axis}, "
+        f"or chips with more than {memory.needed / GIB:.0f} GiB"
+    )

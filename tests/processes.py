@@ -1,0 +1,58 @@
+"""Runs scripts of this folder in processes of their own: jax fixes the devices when it starts."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Result(NamedTuple):
+    """Attributes:
+    found: the last line of the standard output, JSON.
+    printed: what stands before it.
+    said: the standard error.
+    """
+
+    found: Any
+    printed: str
+    said: str
+
+
+def start(script: str, devices: int, *arguments: Any, **environment: str) -> subprocess.Popen:
+    """Starts a script with so many CPU devices."""
+    flags = (
+        f"--xla_force_host_platform_device_count={devices}",
+        # Programs that are compiled in half the time.
+        "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+    )
+    return subprocess.Popen(
+        [sys.executable, Path(__file__).with_name(script), *map(str, arguments)],
+        env={**os.environ, "XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def results(processes: Sequence[subprocess.Popen]) -> list[Result]:
+    """What each process found; ends all of them when one fails, which the others would wait for."""
+    with ThreadPoolExecutor() as pool:
+        found = [pool.submit(_result, process) for process in processes]
+        done, _ = wait(found, return_when=FIRST_EXCEPTION)
+        for process in processes:
+            process.kill()
+        return [future.result() for future in (found if len(done) == len(found) else done)]
+
+
+def _result(process: subprocess.Popen) -> Result:
+    with process:
+        out, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    # The library of collectives prints, too.
+    lines = [line for line in out.splitlines(keepends=True) if not line.startswith("[Gloo]")]
+    *printed, last = lines
+    return Result(json.loads(last), "".join(printed), errors)
