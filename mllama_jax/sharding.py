@@ -303,6 +303,9 @@ def _annotated(
 ) -> dict[tuple[str, ...], tuple[tuple[str | None, ...], tuple[int, ...]]]:
     """Path -> logical axis names and shape of every parameter."""
 
+    # A mesh that can't split the parameters can't split activations either, and says less about it.
+    model = model.clone(mesh=None)
+
     def init(key: jax.Array) -> Any:
         inputs: Any = model.dummy_inputs()
         return model.init(key, **inputs)["params"]

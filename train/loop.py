@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import jax
+import numpy as np
 from etils import epath
 
 from mllama_jax.attention import AttentionKind
@@ -13,11 +14,13 @@ from mllama_jax.generation.config import GenerationConfig
 from mllama_jax.model import MllamaForConditionalGeneration
 from mllama_jax.pretrained import Params
 from mllama_jax.processing.processor import MllamaProcessor
+from mllama_jax.sharding import describe, num_parts, place
 from mllama_jax.train.checkpoints import open_checkpoints
-from mllama_jax.train.config import TrainConfig, differences, to_yaml
+from mllama_jax.train.config import ConfigError, TrainConfig, differences, to_yaml
 from mllama_jax.train.data import make_dataset
 from mllama_jax.train.evaluation import Score, answer_records, scores, table
-from mllama_jax.train.metrics import MetricsFile, Progress, replace_text
+from mllama_jax.train.lora import adapters_of, init_adapters, merged
+from mllama_jax.train.metrics import MetricsFile, Numbers, Progress, replace_text
 from mllama_jax.train.records import Record, read_records
 from mllama_jax.train.step import (
     Metrics,
@@ -51,12 +54,32 @@ def train(config: TrainConfig) -> list[Score]:
         config.model.path,
         dtype=config.model.dtype,
         param_dtype=config.model.param_dtype,
-        attention=cast(AttentionKind, config.model.attention),  # TrainConfig checks it
+        mesh=config.mesh,
+        # TrainConfig checks both.
+        attention=cast(AttentionKind, config.model.attention),
+        remat=cast(RematPolicy, config.model.remat),
     )
-    model = model.clone(remat=cast(RematPolicy, config.model.remat))
+    model = model.clone(images_at_once=config.model.images_at_once)
+    _check_batch(config, model)
 
-    state = init_state(params, make_optimizer(config.optimizer, config.steps), config.seed)
+    lora = config.lora if config.lora.rank else None
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    frozen = None
+    if lora is None:
+        state = init_state(params, optimizer, config.seed, model.mesh)
+    else:
+        frozen = params
+        adapters = init_adapters(model, lora, jax.random.key(config.seed))
+        state = init_state(adapters, optimizer, config.seed, model.mesh)
+        del adapters
     del params  # the state's from here on; the first step takes their memory over
+
+    def whole_params() -> Params:
+        """What the model computes with now, adapters merged."""
+        if frozen is None or lora is None:
+            return state.params
+        return jax.jit(merged, static_argnames="config")(frozen, state.params, config=lora)
+
     batches = iter(
         make_dataset(records, processor, config.data, steps=config.steps, seed=config.seed)
     )
@@ -64,7 +87,7 @@ def train(config: TrainConfig) -> list[Score]:
     def evaluate(step: int) -> list[Score]:
         log.flush()
         answers = answer_records(
-            *(model, state.params, processor, held_out),
+            *(model, whole_params(), processor, held_out),
             *(config.evaluation, config.data.date_string),
         )
         results = scores(answers)
@@ -88,23 +111,28 @@ def train(config: TrainConfig) -> list[Score]:
             )
         if resumed:
             state = checkpoints.restore(state, batches)
-        progress.say(_opening(config, output, resumed, state.params, records, held_out))
-        replace_text(output / "config.yaml", to_yaml(config))
-        model.config.save_pretrained(output)
-        _save_settings(output, model, processor)
-        log = _Log(MetricsFile(output / "metrics.jsonl", resumed), progress)
+        progress.say(_opening(config, output, resumed, model, state.params, records, held_out))
+        metrics = None
+        if jax.process_index() == 0:
+            replace_text(output / "config.yaml", to_yaml(config))
+            model.config.save_pretrained(output)
+            _save_settings(output, model, processor)
+            metrics = MetricsFile(output / "metrics.jsonl", resumed)
+        log = _Log(metrics, progress)
         if 0 < resumed < config.steps and is_evaluated(resumed):
             evaluate(resumed)  # as the checkpoint was written before it
 
         for step, batch in enumerate(batches, start=resumed + 1):
-            state, metrics = train_step(
+            state, numbers = train_step(
                 state,
-                jax.device_put(batch),
+                {name: place(x, model.mesh, *_axes(x)) for name, x in batch.items()},
+                frozen,
                 model=model,
                 config=config.optimizer,
                 steps=config.steps,
+                lora=lora,
             )
-            log.add(step, metrics)
+            log.add(step, numbers)
             last = step == config.steps
             if step % config.log_every == 0 or last:
                 log.flush()
@@ -115,9 +143,29 @@ def train(config: TrainConfig) -> list[Score]:
                 evaluate(step)
 
         results = evaluate(config.steps) if held_out else []
-        save_model(output / "model", model, state.params, processor)
-        progress.say(f"The model is in {output / 'model'}.")
+        if jax.process_count() > 1:
+            progress.say(
+                f"The parameters are in {output / 'checkpoints'}; `mllama-jax convert {output} "
+                "FOLDER --format hf` makes a model folder of them."
+            )
+        else:
+            save_model(output / "model", model, whole_params(), processor)
+            progress.say(f"The model is in {output / 'model'}.")
     return results
+
+
+def _check_batch(config: TrainConfig, model: MllamaForConditionalGeneration) -> None:
+    groups = num_parts("batch", 0, model.mesh)
+    if config.data.batch_size % groups:
+        raise ConfigError(
+            f"data.batch_size={config.data.batch_size} can't be split over the mesh {config.mesh}, "
+            f"whose axes data and fsdp make {groups} groups: expected a multiple of {groups}"
+        )
+
+
+def _axes(x: np.ndarray) -> tuple[str | None, ...]:
+    """Samples are split, the rest is not."""
+    return ("batch", *[None] * (x.ndim - 1))
 
 
 class _Log:
@@ -126,7 +174,8 @@ class _Log:
     They wait on the device, so that no step is held up for being reported.
     """
 
-    def __init__(self, file: MetricsFile, progress: Progress):
+    def __init__(self, file: MetricsFile | None, progress: Progress):
+        """Args: the file, None in a job's other processes; what shows the last step."""
         self._file = file
         self._progress = progress
         self._waiting: list[tuple[int, Metrics]] = []
@@ -144,7 +193,7 @@ class _Log:
             return
         for step, metrics in jax.device_get(self._waiting):
             numbers = {name: value.item() for name, value in metrics.items()}
-            self._file.write(step, numbers)
+            self._write(step, numbers)
             for name, called in (("loss", "the loss"), ("grad_norm", "the gradient norm")):
                 if not math.isfinite(numbers[name]):
                     raise FloatingPointError(
@@ -154,10 +203,14 @@ class _Log:
         self._waiting.clear()
         self._progress.report(step, numbers)
 
+    def _write(self, step: int, numbers: Numbers) -> None:
+        if self._file is not None:
+            self._file.write(step, numbers)
+
     def evaluation(self, step: int, results: Sequence[Score]) -> None:
         """Writes and shows the scores of an evaluation; the steps before it are flushed."""
         accuracies = {f"accuracy/{score.kind}": score.accuracy for score in results}
-        self._file.write(step, accuracies)
+        self._write(step, accuracies)
         self._progress.say(f"Held-out answers after step {step}:\n{table(results)}")
 
 
@@ -165,16 +218,23 @@ def _opening(
     config: TrainConfig,
     output: epath.Path,
     step: int,
+    model: MllamaForConditionalGeneration,
     params: Params,
     records: Sequence[Record],
     held_out: Sequence[Record],
 ) -> str:
     """What the run is about to do, for the reader of the screen."""
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    device = jax.devices()[0].device_kind if model.mesh is None else describe(model.mesh)
     lines = [
-        f"{size:,} parameters, {len(records):,} conversations, {len(held_out):,} held out; "
-        f"{jax.device_count()} {jax.default_backend()} device(s)"
+        f"{size:,} parameters to train, {len(records):,} conversations, {len(held_out):,} held out",
+        f"{device}; {config.model.dtype} with {config.model.param_dtype} parameters; attention "
+        f"{config.model.attention}, rematerialisation {config.model.remat}",
     ]
+    if config.lora.rank:
+        names = ["/".join(path) for path in adapters_of(model, config.lora)]
+        lines.append(f"adapters of rank {config.lora.rank} on {len(names)} stacks of projections:")
+        lines += [f"  {name}" for name in names]
     if step:
         lines.append(
             f"Going on from step {step} of {config.steps}."

@@ -37,14 +37,16 @@ def init_state(
     params: Params, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh | None = None
 ) -> TrainState:
     """The state before the first step; the optimizer's lies where the parameters do."""
-    rng = jax.random.key(seed)
-    step = jnp.zeros((), jnp.int32)
+
+    def make(params: Params) -> tuple[Array, optax.OptState, Array]:
+        return jnp.zeros((), jnp.int32), optimizer.init(params), jax.random.key(seed)
+
+    shardings = None
     if mesh is not None:
-        step, rng = jax.device_put((step, rng), NamedSharding(mesh, PartitionSpec()))
-    places = None if mesh is None else placed_like(jax.eval_shape(optimizer.init, params), params)
-    opt_state = jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda x: x.sharding, places))(
-        params
-    )
+        shardings = jax.tree.map(
+            lambda x: x.sharding, placed_like(jax.eval_shape(make, params), params)
+        )
+    step, opt_state, rng = jax.jit(make, out_shardings=shardings)(params)
     return TrainState(step=step, params=params, opt_state=opt_state, rng=rng)
 
 

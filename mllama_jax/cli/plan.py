@@ -36,9 +36,9 @@ def plan(
     """Say whether a job fits a slice of TPUs, and how fast it can be at best, without any TPU.
 
     The very function that the job would run is compiled for the devices that you name, with the
-    TPU's own compiler (pip install 'mllama-jax[plan]'). Memory is what that compiler allots. Time is a lower
-    bound: hardware takes longer, so rates and MFU (model-FLOPs utilisation) are upper bounds.
-    Every figure says whether it was measured, counted or estimated.
+    TPU's own compiler (pip install 'mllama-jax[plan]'). Memory is what that compiler allots. Time
+    is a lower bound: hardware takes longer, so rates and MFU (model-FLOPs utilisation) are upper
+    bounds. Every figure says whether it was measured, counted or estimated.
 
     A full-size training step compiles for minutes, generation for less; results are kept, and the
     same question is answered at once the next time. The exit status is 0 if the job fits (of

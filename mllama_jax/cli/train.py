@@ -13,6 +13,7 @@ def train(
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="KEY=VALUE")
     ] = (),
     print_config: bool = False,
+    distributed: bool = False,
 ) -> None:
     """Train a model on conversations with pictures.
 
@@ -23,6 +24,8 @@ def train(
         config: YAML file; --print-config shows every setting that it may hold.
         overrides: settings that replace the file's, such as optimizer.learning_rate=2e-3.
         print_config: only print the whole configuration, defaults included, as YAML.
+        distributed: this is one of several processes, on a host each, that were all started with
+            the same command; the first one prints. The configuration's mesh is of their devices.
     """
     from mllama_jax.train.config import load_config, to_yaml
 
@@ -30,6 +33,10 @@ def train(
     if print_config:
         print(to_yaml(settings), end="")
         return
+    if distributed:
+        from mllama_jax.distributed import join_processes
+
+        join_processes()
     from mllama_jax.train.loop import train as run
 
     try:

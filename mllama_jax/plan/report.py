@@ -38,11 +38,8 @@ def workload(job: Job) -> str:
     words = [shown[job.task], f"{job.dtype} computation", f"{job.param_dtype} parameters"]
     if job.trains:
         words.append(f"remat {job.remat}")
-        words += (
-            [f"{_count(job.images_at_once, 'image')} at once on a chip"]
-            if job.images_at_once
-            else []
-        )
+        if job.images_at_once:
+            words.append(f"{_count(job.images_at_once, 'image')} at once on a chip")
     return "; ".join([*words, f"{job.attention} attention"])
 
 

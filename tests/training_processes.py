@@ -1,0 +1,98 @@
+"""What the tests of training on meshes run in processes of their own: see `processes.py`."""
+
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import mllama_jax as mj
+from mllama_jax.sharding import parse_mesh
+from mllama_jax.train.config import (
+    CheckpointConfig,
+    ConfigError,
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from mllama_jax.train.loop import train
+from mllama_jax.train.step import init_state, make_optimizer
+
+
+def config(folder: Path, output: str, **changes: Any) -> TrainConfig:
+    base = TrainConfig(
+        output=str(folder / output),
+        steps=4,
+        log_every=1,
+        model=ModelConfig(str(folder / "start"), remat="full"),
+        data=DataConfig(train=str(folder / "train.jsonl"), batch_size=8, lengths=(32,)),
+        optimizer=OptimizerConfig(learning_rate=1e-2, max_grad_norm=1.0),
+        checkpoint=CheckpointConfig(every=2, keep=2),
+    )
+    return replace(base, **changes)
+
+
+def losses(folder: str | Path) -> list[list[float]]:
+    lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
+    return [[line["loss"], line["grad_norm"], line["labels"]] for line in lines]
+
+
+def eight_devices(folder: Path) -> dict[str, Any]:
+    """Whole runs on one device and on meshes, and one that changes its mesh on the way."""
+    found: dict[str, Any] = {}
+    lora = {"lora": LoraConfig(rank=2)}
+    runs = {
+        "one device": {},
+        "fsdp=8": {"mesh": "fsdp=8"},
+        "data=2,fsdp=4": {"mesh": "data=2,fsdp=4"},
+        "lora, one device": lora,
+        "lora, fsdp=8": {"mesh": "fsdp=8", **lora},
+    }
+    for name, changes in runs.items():
+        run = config(folder, name, **changes)
+        train(run)
+        found[name] = losses(run.output)
+
+    resumed = config(folder, "fsdp=8", mesh="data=4,fsdp=2")
+    checkpoints = Path(resumed.output, "checkpoints")
+    newest = max(checkpoints.iterdir(), key=lambda path: int(path.name))
+    newest.rename(folder / "newest")
+    train(resumed)
+    found["resumed on another mesh"] = losses(resumed.output)
+    wrong = config(folder, "refused", mesh="fsdp=8")
+    try:
+        train(replace(wrong, data=replace(wrong.data, batch_size=12)))
+    except ConfigError as error:
+        found["refused"] = str(error)
+    found["bytes"] = state_bytes(folder, "fsdp=8")
+    return found
+
+
+def state_bytes(folder: Path, written: str) -> list[float]:
+    """Of parameters and moments: the whole, and the largest part of a device times their number."""
+    mesh = parse_mesh(written)
+    _, params = mj.MllamaForConditionalGeneration.from_pretrained(folder / "start", mesh=mesh)
+    state = init_state(params, make_optimizer(OptimizerConfig(), 4), 0, mesh)
+    leaves = [leaf for leaf in jax.tree.leaves((state.params, state.opt_state)) if leaf.ndim]
+    whole = sum(leaf.nbytes for leaf in leaves)
+    part = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    assert len(leaves) == 3 * len(jax.tree.leaves(params))
+    return [whole, part * mesh.size]
+
+
+def one_of_two(folder: Path, index: str, port: str) -> list[list[float]]:
+    """A run on the devices of two processes."""
+    jax.distributed.initialize(f"localhost:{port}", 2, int(index))
+    run = config(folder, "two processes", mesh="fsdp=4")
+    train(run)
+    return losses(run.output) if index == "0" else []
+
+
+if __name__ == "__main__":
+    task, folder, *arguments = sys.argv[1:]
+    print(json.dumps(globals()[task](Path(folder), *arguments)))
