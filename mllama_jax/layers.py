@@ -115,7 +115,7 @@ class Embedding(nn.Module):
         if not self.is_initializing():
             table = constrain(table, execution.mesh, *axes)
         x_BTD = jnp.take(table, ids_BT, axis=0)
-        x_BTD = constrain(x_BTD, execution.mesh, "looked_up", "length", "embed")
+        x_BTD = constrain(x_BTD, execution.mesh, "gathered_batch", "length", "embed")
         return constrain(x_BTD, execution.mesh, "batch", "length", None)
 
 

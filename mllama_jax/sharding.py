@@ -34,9 +34,10 @@ SPLIT_OVER: dict[str, tuple[str, ...]] = {
     "layers": (),  # scanned over: a device that holds only some would have to be asked each step
     "batch": ("data", "fsdp"),
     "sampled": ("data", "fsdp", "tensor"),  # rows of which each device draws its own
-    "looked_up": ("data",),  # samples, while each device looks up its own columns of a table
+    "gathered_batch": ("data",),  # samples that meet a table of which each device has its own part
     "length": (),
-    "vocab": ("tensor",),
+    "vocab": ("fsdp", "tensor"),
+    "head_input": (),
     "embedding_rows": ("tensor",),
     "embed": ("fsdp",),
     "mlp": ("tensor",),
@@ -58,7 +59,7 @@ SPLIT_OVER: dict[str, tuple[str, ...]] = {
 REPLICATED_IF_FEWER = ("kv_heads", "vision_heads")
 """Axes that are kept whole on a mesh axis that is a multiple of them: fewer heads than devices."""
 
-SPLIT_AS_FAR_AS_DIVISIBLE = ("batch", "sampled", "looked_up", "embedding_rows")
+SPLIT_AS_FAR_AS_DIVISIBLE = ("batch", "sampled", "gathered_batch", "vocab", "embedding_rows")
 """Axes that are split over the first of their mesh axes only, or not at all, where more would not
 divide them: a small batch; the 128264 rows of the released models' embedding over 16 devices."""
 

@@ -42,8 +42,10 @@ if TYPE_CHECKING:
     from mllama_jax.generation.generate import GenerateOutput
 
 
-LOSS_TOKENS_AT_ONCE = 1024
-"""Fewer than 512 tokens make the products with the vocabulary slow; each costs half a megabyte."""
+LOGITS_AT_ONCE = 2**27
+"""Of a device, in the loss: 1024 tokens of a whole vocabulary; far fewer make products slow."""
+MOST_TOKENS = 2**14
+"""Whose states all devices that share the head have at once, in the loss."""
 
 
 class DecoderModule(PretrainedModule):
@@ -265,7 +267,7 @@ class MllamaForCausalLM(GenerativeModule):
         self.model = MllamaTextModel(config, **self.settings)
         self.lm_head = projection(
             config.vocab_size,
-            ("embed", "vocab"),
+            ("head_input", "vocab"),
             name=None,
             std=config.initializer_range,
             execution=self.execution,
@@ -277,7 +279,7 @@ class MllamaForCausalLM(GenerativeModule):
         self,
         labels: Int[Array, "B T"],
         *,
-        tokens_at_once: int = LOSS_TOKENS_AT_ONCE,
+        tokens_at_once: int | None = None,
         **inputs: Any,
     ) -> tuple[Float[Array, ""], Int[Array, ""]]:
         """The sum over labels of ``-log p(label)``, float32, and how many labels count.
@@ -287,13 +289,17 @@ class MllamaForCausalLM(GenerativeModule):
 
         Args:
           labels: (B, T) token ids, as for `__call__`.
-          tokens_at_once: a device computes the logits of about so many tokens at a time.
+          tokens_at_once: the logits of about so many tokens exist at a time, split over the devices
+            that share the head; None makes them about 500 MB a device.
           **inputs: other arguments of `MllamaTextModel.__call__`.
         """
         outputs: Any = self.model(**inputs, use_cache=False)
         x_BTD, labels = outputs.last_hidden_state, shift_labels(labels)
         B, T = labels.shape
-        rows = B // num_parts("batch", B, self.mesh)
+        if tokens_at_once is None:
+            parts = num_parts("vocab", self.text_config.vocab_size, self.mesh)
+            tokens_at_once = min(LOGITS_AT_ONCE * parts // self.text_config.vocab_size, MOST_TOKENS)
+        rows = B // num_parts("gathered_batch", B, self.mesh)
         length = min(T, max(tokens_at_once // rows, 1))
         num_chunks = -(-T // length)
         room = num_chunks * length - T
@@ -317,7 +323,9 @@ class MllamaForCausalLM(GenerativeModule):
         return (so_far[0] + total, so_far[1] + count), None
 
     def _logits(self, x_BTD: Array) -> Array:
-        return constrain(self.lm_head(x_BTD), self.mesh, "batch", "length", "vocab")
+        """Each device's own part of the vocabulary, for the samples of all that share the head."""
+        x_BTD = constrain(x_BTD, self.mesh, "gathered_batch", "length", None)
+        return constrain(self.lm_head(x_BTD), self.mesh, "gathered_batch", "length", "vocab")
 
     def __call__(
         self,

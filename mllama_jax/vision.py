@@ -234,7 +234,7 @@ def _choose(pattern: str, one_hot: Array, table: Array, execution: Execution) ->
         pattern, one_hot.astype(execution.dtype), table, precision=jax.lax.Precision.HIGHEST
     )
     inner = [None] * (chosen.ndim - 2)
-    chosen = constrain(chosen, execution.mesh, "looked_up", *inner, "vision_embed")
+    chosen = constrain(chosen, execution.mesh, "gathered_batch", *inner, "vision_embed")
     return constrain(chosen, execution.mesh, "batch", *inner, None)
 
 

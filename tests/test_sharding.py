@@ -35,7 +35,7 @@ def test_parameters_of_the_11b_model():
     found = specs(tensor=4, data=2, fsdp=16)
     expected = {
         "language_model/model/embed_tokens/embedding": P("tensor", "fsdp"),
-        "language_model/lm_head/kernel": P("fsdp", "tensor"),
+        "language_model/lm_head/kernel": P(None, ("fsdp", "tensor")),
         "language_model/model/norm/scale": P(None),
         f"{BLOCK}/cross_attn/q_proj/kernel": P(None, "fsdp", "tensor", None),
         f"{BLOCK}/cross_attn/k_proj/kernel": P(None, "fsdp", "tensor", None),
@@ -63,7 +63,7 @@ def test_parameters_of_the_11b_model():
 
 
 def test_axes_that_the_mesh_lacks_split_nothing():
-    assert specs(fsdp=8)["language_model/lm_head/kernel"] == P("fsdp", None)
+    assert specs(fsdp=8)["language_model/lm_head/kernel"] == P(None, "fsdp")
     assert specs(tensor=8)["language_model/lm_head/kernel"] == P(None, "tensor")
     assert set(specs(data=8).values()) == {P(*[None] * n) for n in (1, 2, 3, 4)}
 
