@@ -171,8 +171,8 @@ class MllamaCache:
         """A cross-attention layer's keys and values, (B, K, V, H) each."""
         if self.cross_keys is None or self.cross_values is None:
             raise ValueError("the cache holds no images (num_image_tokens is 0)")
-        pair = (_layer(self.cross_keys, layer), _layer(self.cross_values, layer))
-        return tuple(stack[:, :, : self.num_image_tokens] for stack in pair)
+        keys, values = _layer(self.cross_keys, layer), _layer(self.cross_values, layer)
+        return keys[:, :, : self.num_image_tokens], values[:, :, : self.num_image_tokens]
 
 
 def _write(stack: Array, new: Array, start: Array) -> Array:

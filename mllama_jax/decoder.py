@@ -111,10 +111,10 @@ class TextAttention(nn.Module):
             return attend_with_weights(q, k, v, mask)
         return attend(q, k, v, mask, self.execution.attention, self.execution.mesh), None
 
-    def attend_decode(self, q_B1NH: Array, *arguments: Any) -> Array:
+    def attend_decode(self, q_B1NH: Array, **arguments: Any) -> Array:
         execution = self.execution
         interpret = execution.attention == "splash_interpret"
-        out = attend_decode(q_B1NH[:, 0], *arguments, execution.mesh, interpret=interpret)
+        out = attend_decode(q_B1NH[:, 0], **arguments, mesh=execution.mesh, interpret=interpret)
         return out[:, None].astype(execution.dtype)
 
     def output(self, attended: Array) -> Array:
@@ -145,17 +145,25 @@ class SelfAttention(TextAttention):
             return self.output(out), new, weights
         T, cache, masks = x_BTD.shape[1], inputs.cache, inputs.decode_masks
         if masks is not None:
-            stacks = (cache.keys, cache.values)
-            out = self.attend_decode(q, *stacks, layer, masks.slots_B1S, inputs.start, new)
+            out = self.attend_decode(
+                q,
+                keys=cache.keys,
+                values=cache.values,
+                layer=layer,
+                allowed_B1S=masks.slots_B1S,
+                used=inputs.start,
+                new=new,
+            )
             return self.output(out), new, None
-        past = [cached.astype(self.execution.dtype) for cached in cache.read(layer)]
+        past_k, past_v = (cached.astype(self.execution.dtype) for cached in cache.read(layer))
         if T <= MAX_STEP and self.execution.attention != "reference" and not output_attentions:
             allowed = inputs.mask.rows(0, T)
-            return self.output(attend_step(q, *past, k, v, allowed, inputs.start)), new, None
+            out = attend_step(q, past_k, past_v, k, v, allowed, inputs.start)
+            return self.output(out), new, None
         place = (0, 0, inputs.start, 0)
         k, v = (
             jax.lax.dynamic_update_slice(old, fresh, place).swapaxes(1, 2)
-            for old, fresh in zip(past, new, strict=True)
+            for old, fresh in zip((past_k, past_v), new, strict=True)
         )
         out, weights = self.attend(q, k, v, inputs.mask, output_attentions)
         return self.output(out), new, weights
@@ -176,9 +184,15 @@ class CrossAttention(TextAttention):
         else:
             assert cache is not None
             if masks is not None:
-                stacks = (cache.cross_keys, cache.cross_values)
-                length = jnp.int32(cache.num_image_tokens)
-                out = self.attend_decode(q, *stacks, layer, masks.image_tokens_B1V, length, None)
+                out = self.attend_decode(
+                    q,
+                    keys=cache.cross_keys,
+                    values=cache.cross_values,
+                    layer=layer,
+                    allowed_B1S=masks.image_tokens_B1V,
+                    used=jnp.int32(cache.num_image_tokens),
+                    new=None,
+                )
                 return self.output(out), None, None
             k, v = (
                 cached.astype(self.execution.dtype).swapaxes(1, 2)
@@ -309,12 +323,18 @@ class DecoderUnit(nn.Module):
                 computed[cross].append(new)
             if weights is not None:
                 attentions.append(weights)
-        stacked = [
-            jnp.stack([pair[which] for pair in computed[cross]]) if computed[cross] else None
-            for cross in (False, True)
-            for which in (0, 1)
-        ]
-        return x_BTD, UnitOutputs(*stacked, tuple(layer_inputs), tuple(attentions))
+
+        def stacked(cross: bool, which: int) -> Array | None:
+            return jnp.stack([pair[which] for pair in computed[cross]]) if computed[cross] else None
+
+        return x_BTD, UnitOutputs(
+            keys=stacked(False, 0),
+            values=stacked(False, 1),
+            cross_keys=stacked(True, 0),
+            cross_values=stacked(True, 1),
+            layer_inputs=tuple(layer_inputs),
+            attentions=tuple(attentions),
+        )
 
 
 def decode_masks(inputs: DecoderInputs) -> DecodeMasks:

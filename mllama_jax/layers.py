@@ -59,7 +59,8 @@ class Projection(nn.DenseGeneral):
         result = super().__call__(inputs)
         if not self.has_variable("lora", "a"):
             return result
-        a, b = (self.get_variable("lora", name).astype(self.dtype) for name in "ab")
+        a: Array = self.get_variable("lora", "a").astype(self.dtype)
+        b: Array = self.get_variable("lora", "b").astype(self.dtype)
         contracted = len(self.axis) if isinstance(self.axis, tuple) else 1
         low_rank = jnp.tensordot(inputs.astype(self.dtype), a, contracted)
         return result + jnp.tensordot(low_rank, b, 1).astype(result.dtype)

@@ -1,6 +1,6 @@
 """The whole model: vision encoder, projector and language model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -71,7 +71,8 @@ class MllamaForConditionalGeneration(GenerativeModule):
 
     def _encode(self, inputs: Sequence[Array]) -> Array:
         """Projected features (B * M, L, P, D)."""
-        features: Any = self.vision_model(*inputs)
+        encode: Any = self.vision_model
+        features = encode(*inputs)
         projected = self.multi_modal_projector(features.last_hidden_state)
         return rearrange(projected, "B M L P D -> (B M) L P D")
 
@@ -139,9 +140,14 @@ class MllamaForConditionalGeneration(GenerativeModule):
           ValueError: arguments exclude each other, one is missing, or shapes disagree.
         """
         if pixel_values is not None:
+            given = {
+                "input_ids": input_ids,
+                "inputs_embeds": inputs_embeds,
+                "cross_attention_states": cross_attention_states,
+                "cross_attention_mask": cross_attention_mask,
+            }
             cross_attention_states = self._states_of_pixels(
-                *(input_ids, inputs_embeds, cross_attention_states, cross_attention_mask),
-                *(pixel_values, aspect_ratio_ids, aspect_ratio_mask),
+                given, pixel_values, aspect_ratio_ids, aspect_ratio_mask
             )
         return self.language_model(
             input_ids=input_ids,
@@ -175,28 +181,24 @@ class MllamaForConditionalGeneration(GenerativeModule):
           **inputs: its other arguments, as `MllamaForCausalLM.loss` takes them.
         """
         if pixel_values is not None:
-            text = ("input_ids", "inputs_embeds", "cross_attention_states", "cross_attention_mask")
             inputs["cross_attention_states"] = self._states_of_pixels(
-                *(inputs.get(name) for name in text),
-                *(pixel_values, aspect_ratio_ids, aspect_ratio_mask),
+                inputs, pixel_values, aspect_ratio_ids, aspect_ratio_mask
             )
         return self.language_model.loss(labels, **inputs)
 
     def _states_of_pixels(
         self,
-        input_ids: Array | None,
-        inputs_embeds: Array | None,
-        cross_attention_states: Array | None,
-        cross_attention_mask: Array | None,
+        inputs: Mapping[str, Array | None],
         pixel_values: Array,
         aspect_ratio_ids: Array | None,
         aspect_ratio_mask: Array | None,
     ) -> Array:
-        """Image features of a call that gives pixels, once its arguments are found to agree."""
-        text = inputs_embeds if input_ids is None else input_ids
+        """Image features of a call that gives pixels, once they are found to fit its inputs."""
+        ids, embeddings = inputs.get("input_ids"), inputs.get("inputs_embeds")
+        text = embeddings if ids is None else ids
         if text is None:
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
-        if cross_attention_states is not None:
+        if inputs.get("cross_attention_states") is not None:
             raise ValueError("pixel_values and cross_attention_states exclude each other")
         if aspect_ratio_ids is None:
             raise ValueError("pixel_values needs aspect_ratio_ids")
@@ -204,7 +206,9 @@ class MllamaForConditionalGeneration(GenerativeModule):
             raise ValueError(
                 f"pixel_values has {pixel_values.shape[0]} samples, the text {len(text)}"
             )
+        states = self.encode_images(pixel_values, aspect_ratio_ids, aspect_ratio_mask)
         images = pixel_values.shape[1:3]
+        cross_attention_mask = inputs.get("cross_attention_mask")
         if cross_attention_mask is not None and (
             cross_attention_mask.ndim != 4 or cross_attention_mask.shape[2:] != images
         ):
@@ -213,7 +217,7 @@ class MllamaForConditionalGeneration(GenerativeModule):
                 f"(batch, tokens, {images[0]}, {images[1]}) to match pixel_values "
                 f"{pixel_values.shape}"
             )
-        return self.encode_images(pixel_values, aspect_ratio_ids, aspect_ratio_mask)
+        return states
 
     @nn.nowrap
     def dummy_inputs(self) -> dict[str, Array]:

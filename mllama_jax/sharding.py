@@ -305,7 +305,7 @@ def _annotated(
     """Path -> logical axis names and shape of every parameter."""
 
     # A mesh that can't split the parameters can't split activations either, and says less about it.
-    model = model.clone(mesh=None)
+    model = model.clone(mesh=None, attention="xla")
 
     def init(key: jax.Array) -> Any:
         inputs: Any = model.dummy_inputs()

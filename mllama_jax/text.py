@@ -1,5 +1,6 @@
 """The language model: the decoder with its embedding, and with the head on top."""
 
+import dataclasses
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -233,7 +234,7 @@ class MllamaTextModel(DecoderModule):
         )
         is_decoding = T == 1 and cache is not None and cross_attention_states is None
         if is_decoding and not output_attentions and self.attention in DECODE_KERNEL_KINDS:
-            inputs = inputs.replace(decode_masks=decode_masks(inputs))
+            inputs = dataclasses.replace(inputs, decode_masks=decode_masks(inputs))
         x_BTD, outputs = self._layers(
             x_BTD,
             inputs,
