@@ -50,7 +50,7 @@ def results(processes: Sequence[subprocess.Popen]) -> list[Result]:
 
 def _result(process: subprocess.Popen) -> Result:
     with process:
-        out, errors = process.communicate(timeout=240)
+        out, errors = process.communicate(timeout=480)
     assert process.returncode == 0, errors
     # The library of collectives prints, too.
     lines = [line for line in out.splitlines(keepends=True) if not line.startswith("[Gloo]")]

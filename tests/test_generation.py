@@ -264,7 +264,7 @@ def test_pictures_are_encoded_in_small_batches_and_only_if_wanted(
 
 def test_no_new_program_within_a_bucket(run: Any):
     def sizes() -> list[int]:
-        programs = (decoding.prefill, decoding.decode, decoding._encode)
+        programs = (decoding.prefill, decoding.decode, decoding.encode)
         return [program._cache_size() for program in programs]
 
     run()

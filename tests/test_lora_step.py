@@ -1,4 +1,4 @@
-"""Adapters in training, against PEFT on transformers' model."""
+"""Adapters in training, against weights that they are merged into."""
 
 from typing import Any
 

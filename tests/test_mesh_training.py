@@ -36,7 +36,6 @@ def found(folder) -> dict[str, Any]:
     ("run", "expected"),
     [
         ("fsdp=8", "one device"),
-        ("data=2,fsdp=4", "one device"),
         ("resumed on another mesh", "one device"),
         ("two processes", "one device"),
         ("lora, fsdp=8", "lora, one device"),

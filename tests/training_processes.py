@@ -49,7 +49,6 @@ def eight_devices(folder: Path) -> dict[str, Any]:
     runs = {
         "one device": {},
         "fsdp=8": {"mesh": "fsdp=8"},
-        "data=2,fsdp=4": {"mesh": "data=2,fsdp=4"},
         "lora, one device": lora,
         "lora, fsdp=8": {"mesh": "fsdp=8", **lora},
     }
@@ -78,10 +77,12 @@ def state_bytes(folder: Path, written: str) -> list[float]:
     mesh = parse_mesh(written)
     _, params = mj.MllamaForConditionalGeneration.from_pretrained(folder / "start", mesh=mesh)
     state = init_state(params, make_optimizer(OptimizerConfig(), 4), 0, mesh)
-    leaves = [leaf for leaf in jax.tree.leaves((state.params, state.opt_state)) if leaf.ndim]
+    paths = jax.tree_util.tree_leaves_with_path((state.params, state.opt_state))
+    # Eight devices do not divide the 395 tokens that the example's tokenizer knows.
+    leaves = [leaf for path, leaf in paths if leaf.ndim and "lm_head" not in str(path)]
     whole = sum(leaf.nbytes for leaf in leaves)
     part = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
-    assert len(leaves) == 3 * len(jax.tree.leaves(params))
+    assert len(leaves) == 3 * (len(jax.tree.leaves(params)) - 1)
     return [whole, part * mesh.size]
 
 

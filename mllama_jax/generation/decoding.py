@@ -32,6 +32,7 @@ __all__ = [
     "Rules",
     "bucket",
     "decode",
+    "encode",
     "encode_pictures",
     "prefill",
 ]
@@ -157,7 +158,7 @@ def encode_pictures(
             None if values is None else _picked(values, rows[chosen], images[chosen], mesh)
             for values in (pixel_values, aspect_ratio_ids, aspect_ratio_mask)
         )
-        features = _encode(model, params, pixels, ids, tiles)
+        features = encode(model, params, pixels, ids, tiles)
         if states is None:
             shape = (batch_size, num_images, *features.shape[1:])
             states = zeros(shape, features.dtype, mesh, "batch", None, None, None)
@@ -190,9 +191,10 @@ def _picked(values: np.ndarray, rows: np.ndarray, images: np.ndarray, mesh: Mesh
 
 
 @partial(jax.jit, static_argnames="model")
-def _encode(
+def encode(
     model: Any, params: Params, pixel_values: Array, ids: Array, mask: Array | None
 ) -> Array:
+    """`model.encode_images`, compiled: features (B, M * L * P, D), split over the samples."""
     features = model.apply({"params": params}, pixel_values, ids, mask, method="encode_images")
     return constrain(features, model.mesh, "batch", None, None)
 

@@ -20,9 +20,9 @@ from mllama_jax.generation.decoding import (
     DecodeState,
     Prompt,
     Rules,
-    _encode,
     bucket,
     decode,
+    encode,
     prefill,
 )
 from mllama_jax.generation.sampling import SamplingParams
@@ -124,7 +124,7 @@ def _vision(job: Job, model: Model) -> Program:
     )
     names = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
     kinds = {"parameters": used, "inputs": dict(zip(names, inputs, strict=True))}
-    return Program(model, _encode, (model, params, *inputs), kinds)
+    return Program(model, encode, (model, params, *inputs), kinds)
 
 
 def _prefill(job: Job, model: Model) -> Program:
