@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from mllama_jax.pretrained import Params, PretrainedModule
 from mllama_jax.shapes import Array
@@ -141,9 +142,10 @@ def train_step(
         total, count = cast(Any, model.apply(variables, **inputs, method="loss"))
         return total / count, count
 
-    (loss, count), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    computed = state.params if lora else _as_computed(state.params, model.dtype)
+    (loss, count), grads = jax.value_and_grad(loss_of, has_aux=True)(computed)
     places = _places(model, lora)
-    grads = _placed(grads, places)
+    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), _placed(grads, places), state.params)
     updates, opt_state = make_optimizer(config, steps).update(grads, state.opt_state, state.params)
     metrics = {
         "loss": loss,
@@ -158,6 +160,20 @@ def train_step(
         rng=state.rng,
     )
     return new_state, metrics
+
+
+def _as_computed(params: Params, dtype: DTypeLike) -> Params:
+    """Parameters of which the layers' matrices are what the layers would cast them to.
+
+    Their gradients then take that dtype's memory; they are no less exact, as each comes from one
+    product in that dtype. The head's is a sum over chunks and stays as it is.
+    """
+
+    def cast(path: Any, leaf: Array) -> Array:
+        names = [key.key for key in path]
+        return leaf.astype(dtype) if names[-1] == "kernel" and "lm_head" not in names else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def _places(model: PretrainedModule, lora: LoraConfig | None) -> Any:

@@ -1,4 +1,4 @@
-"""Adapters in training, against weights that they are merged into."""
+"""The training step: dtypes, and adapters against weights that they are merged into."""
 
 from typing import Any
 
@@ -94,3 +94,30 @@ def test_targets_that_match_nothing_are_refused():
     message = r"'\*/query' matches no projection; there are:\n  language_model/lm_head\n"
     with pytest.raises(ValueError, match=message):
         adapters_of(MODEL, LoraConfig(rank=2, targets=("*/query",)))
+
+
+def test_bfloat16_steps_keep_float32_masters(params: Any):
+    """Computed in bfloat16, the update is near that of float32, and everything kept is float32."""
+    config = OptimizerConfig(learning_rate=0.01, weight_decay=0.0, max_grad_norm=1e9)
+    results = {}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        state = init_state(jax.tree.map(jnp.copy, params), make_optimizer(config, 4), 0)
+        batch = {**INPUTS, "labels": LABELS}
+        results[dtype] = train_step(
+            state, batch, model=MODEL.clone(dtype=dtype), config=config, steps=4
+        )
+    (exact, expected), (state, found) = results.values()
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=0.02)
+    np.testing.assert_allclose(found["grad_norm"], expected["grad_norm"], rtol=0.05)
+    moments = [leaf for leaf in jax.tree.leaves((state.params, state.opt_state)) if leaf.ndim]
+    assert {leaf.dtype for leaf in moments} == {jnp.dtype("float32")}
+    near = [
+        np.sum(ours * theirs) / np.sqrt(np.sum(ours**2) * np.sum(theirs**2))
+        for ours, theirs in zip(
+            jax.tree.leaves(state.opt_state[1][0].mu),
+            jax.tree.leaves(exact.opt_state[1][0].mu),
+            strict=True,
+        )
+    ]
+    assert min(near) > 0.9
+    assert np.median(near) > 0.999
