@@ -33,13 +33,15 @@ class Checkpoints:
         """Writes a checkpoint of `state.step`, unless there is one; waits until it is whole."""
         step = int(state.step)
         if step != self.latest_step:
-            self._checkpointer.save_checkpointables(step, {"state": state, "data": data})
+            # The same in every process, and so of use to a job of any number of them.
+            place = data.get_state()
+            self._checkpointer.save_checkpointables(step, {"state": state, "data": place})
 
     def restore(self, state: TrainState, data: grain.DatasetIterator) -> TrainState:
         """The newest checkpoint's state; `data` is moved to where it stood then.
 
         Args:
-            state: of the same shapes, dtypes and sharding; only these are looked at.
+            state: of the same shapes and dtypes; these, and its sharding, are what it is made to.
             data: an iterator over the same data set, made with the same settings.
 
         Raises:
@@ -50,8 +52,9 @@ class Checkpoints:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
         )
         found = self._checkpointer.load_checkpointables(
-            self.latest_step, {"state": abstract, "data": data}
+            self.latest_step, {"state": abstract, "data": None}
         )
+        data.set_state(found["data"])
         return found["state"]
 
     def _check(self, params: Params) -> None:

@@ -144,10 +144,7 @@ def train(config: TrainConfig) -> list[Score]:
 
         results = evaluate(config.steps) if held_out else []
         if jax.process_count() > 1:
-            progress.say(
-                f"The parameters are in {output / 'checkpoints'}; `mllama-jax convert {output} "
-                "FOLDER --format hf` makes a model folder of them."
-            )
+            progress.say(_without_model(output, lora is not None))
         else:
             save_model(output / "model", model, whole_params(), processor)
             progress.say(f"The model is in {output / 'model'}.")
@@ -246,6 +243,19 @@ def _opening(
             changed = differences(saved.read_text(), config)
             lines += [f"  changed since: {change}" for change in changed]
     return "\n".join(lines)
+
+
+def _without_model(output: epath.Path, is_lora: bool) -> str:
+    """What becomes of a job of several processes, of which none can write the whole model."""
+    if is_lora:
+        return (
+            f"The adapters are in {output / 'checkpoints'}. Started again in one process, on a "
+            "mesh of its own devices, the run only merges them and writes the model folder."
+        )
+    return (
+        f"The parameters are in {output / 'checkpoints'}; `mllama-jax convert {output} FOLDER` "
+        "makes a model folder of them."
+    )
 
 
 def save_model(
