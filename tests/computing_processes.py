@@ -6,6 +6,8 @@ what it found as its last line, as JSON.
 
 import contextlib
 import functools
+import contextlib
+import io
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -141,7 +143,8 @@ def one_of_two(folder: str, cases: str, command: str) -> dict[str, Any]:
         command: JSON, the words of a command that joins the processes.
     """
     sys.argv = ["mllama-jax", *json.loads(command)]
-    cli.main()
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        cli.main()
     assert jax.process_count() == 2
     assert len(jax.local_devices()) == 4
     model, params = _load(folder, "scanned", mesh="data=2,fsdp=4")
@@ -150,7 +153,8 @@ def one_of_two(folder: str, cases: str, command: str) -> dict[str, Any]:
         model.generate(params, **prompts, max_new_tokens=2 + jax.process_index())
     except ValueError as error:
         refusal = str(error)
-    return {"cases": compute(folder, cases), "refusal": refusal}
+    found = {"printed": printed.getvalue(), "refusal": refusal}
+    return found | {"cases": compute(folder, cases)}
 
 
 if __name__ == "__main__":

@@ -13,12 +13,10 @@ from typing import Any, NamedTuple
 class Result(NamedTuple):
     """Attributes:
     found: the last line of the standard output, JSON.
-    printed: what stands before it.
     said: the standard error.
     """
 
     found: Any
-    printed: str
     said: str
 
 
@@ -52,7 +50,4 @@ def _result(process: subprocess.Popen) -> Result:
     with process:
         out, errors = process.communicate(timeout=480)
     assert process.returncode == 0, errors
-    # The library of collectives prints, too.
-    lines = [line for line in out.splitlines(keepends=True) if not line.startswith("[Gloo]")]
-    *printed, last = lines
-    return Result(json.loads(last), "".join(printed), errors)
+    return Result(json.loads(out.splitlines()[-1]), errors)
