@@ -6,7 +6,6 @@ what it found as its last line, as JSON.
 
 import contextlib
 import functools
-import contextlib
 import io
 import json
 import sys
