@@ -1,12 +1,20 @@
 """Training on meshes equals training on one device: eight devices, two processes."""
 
+import shutil
 import socket
+from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from processes import results, start
 from tiny_run import write_records, write_start
+from training_processes import LORA_OF_TWO, config, losses
+
+import mllama_jax as mj
+from mllama_jax.train.config import LoraConfig
+from mllama_jax.train.loop import train
 
 SCRIPT = "training_processes.py"
 
@@ -29,7 +37,7 @@ def found(folder) -> dict[str, Any]:
         *(start(SCRIPT, 2, "one_of_two", folder, index, port) for index in range(2)),
     ]
     eight, first, _ = (result.found for result in results(processes))
-    return eight | {"two processes": first}
+    return eight | first
 
 
 @pytest.mark.parametrize(
@@ -50,6 +58,29 @@ def test_adapters_alone_train_something_else(found: dict[str, Any]):
     assert found["lora, one device"][0][0] == pytest.approx(found["one device"][0][0], rel=1e-6)
     assert found["lora, one device"][3][0] != pytest.approx(found["one device"][3][0], rel=1e-3)
     assert found["lora, one device"][3][0] < found["lora, one device"][0][0]
+
+
+def test_a_job_of_two_processes_is_gone_on_with_by_one(
+    folder: Path, found: dict[str, Any], capfd: pytest.CaptureFixture
+):
+    """On one device, which ends it with the merged model."""
+    assert f"convert {folder}/two processes FOLDER` makes a model folder" in found["printed"]
+    assert "Started again in one process, on a mesh of its own" in found["printed"]
+    run = config(folder, LORA_OF_TWO, lora=LoraConfig(rank=2))
+    shutil.rmtree(Path(run.output, "checkpoints", "4"))
+    train(run)
+    assert "Going on from step 2 of 4." in capfd.readouterr().out
+    np.testing.assert_allclose(losses(run.output), found["lora, one device"], rtol=2e-4)
+    ours, expected = (
+        mj.MllamaForConditionalGeneration.from_pretrained(folder / name / "model")[1]
+        for name in (LORA_OF_TWO, "lora, fsdp=8")
+    )
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-3)  # steps of up to 1e-2
+
+
+def test_processes_that_are_asked_for_different_runs_refuse(found: dict[str, Any]):
+    assert "the configuration or the data of this run differ between the" in found["differ"]
 
 
 def test_state_is_split(found: dict[str, Any]):

@@ -1,5 +1,7 @@
 """What the tests of training on meshes run in processes of their own: see `processes.py`."""
 
+import contextlib
+import io
 import json
 import math
 import sys
@@ -22,6 +24,8 @@ from mllama_jax.train.config import (
 )
 from mllama_jax.train.loop import train
 from mllama_jax.train.step import init_state, make_optimizer
+
+LORA_OF_TWO = "lora, two processes"
 
 
 def config(folder: Path, output: str, **changes: Any) -> TrainConfig:
@@ -86,12 +90,19 @@ def state_bytes(folder: Path, written: str) -> list[float]:
     return [whole, part * mesh.size]
 
 
-def one_of_two(folder: Path, index: str, port: str) -> list[list[float]]:
-    """A run on the devices of two processes."""
+def one_of_two(folder: Path, index: str, port: str) -> dict[str, Any]:
+    """Runs on the devices of two processes; at last each is asked for another."""
     jax.distributed.initialize(f"localhost:{port}", 2, int(index))
     run = config(folder, "two processes", mesh="fsdp=4")
-    train(run)
-    return losses(run.output) if index == "0" else []
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        train(run)
+        train(config(folder, LORA_OF_TWO, mesh="fsdp=4", lora=LoraConfig(rank=2)))
+    found: dict[str, Any] = {"two processes": losses(run.output), "printed": printed.getvalue()}
+    try:
+        train(replace(run, steps=5 + int(index)))
+    except ValueError as error:
+        found["differ"] = str(error)
+    return found
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class Checkpoints:
         """The newest checkpoint's state; `data` is moved to where it stood then.
 
         Args:
-            state: of the same shapes and dtypes; these, and its sharding, are what it is made to.
+            state: of the same shapes and dtypes, on any mesh; only these and where it lies count.
             data: an iterator over the same data set, made with the same settings.
 
         Raises:

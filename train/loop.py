@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 
 from mllama_jax.attention import AttentionKind
+from mllama_jax.distributed import check_same_in_all_processes
 from mllama_jax.execution import RematPolicy
 from mllama_jax.generation.config import GenerationConfig
 from mllama_jax.model import MllamaForConditionalGeneration
@@ -43,7 +44,8 @@ def train(config: TrainConfig) -> list[Score]:
         The scores on the held-out questions, empty if there are none.
 
     Raises:
-        FileNotFoundError, ValueError: model, data or settings can't be used.
+        FileNotFoundError, ValueError: model, data or settings can't be used, or differ between
+            the processes of a job.
         FloatingPointError: the loss or the gradients are no finite numbers any more.
     """
     output = epath.Path(config.output)
@@ -61,6 +63,11 @@ def train(config: TrainConfig) -> list[Score]:
     )
     model = model.clone(images_at_once=config.model.images_at_once)
     _check_batch(config, model)
+    check_same_in_all_processes(
+        "the configuration or the data of this run",
+        [to_yaml(config), *records, *held_out],
+        model.mesh,
+    )
 
     lora = config.lora if config.lora.rank else None
     optimizer = make_optimizer(config.optimizer, config.steps)

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jax.typing import DTypeLike
 
 from mllama_jax.pretrained import Params, PretrainedModule
 from mllama_jax.shapes import Array
@@ -142,7 +141,7 @@ def train_step(
         total, count = cast(Any, model.apply(variables, **inputs, method="loss"))
         return total / count, count
 
-    computed = state.params if lora else _as_computed(state.params, model.dtype)
+    computed = state.params if lora else _as_computed(state.params, model)
     (loss, count), grads = jax.value_and_grad(loss_of, has_aux=True)(computed)
     places = _places(model, lora)
     grads = jax.tree.map(lambda g, p: g.astype(p.dtype), _placed(grads, places), state.params)
@@ -162,16 +161,21 @@ def train_step(
     return new_state, metrics
 
 
-def _as_computed(params: Params, dtype: DTypeLike) -> Params:
+def _as_computed(params: Params, model: PretrainedModule) -> Params:
     """Parameters of which the layers' matrices are what the layers would cast them to.
 
     Their gradients then take that dtype's memory; they are no less exact, as each comes from one
-    product in that dtype. The head's is a sum over chunks and stays as it is.
+    product in that dtype. Those that are sums, over the head's chunks and over the turns of
+    pictures, are made in the parameters' own dtype.
     """
+    summed = {"lm_head"}
+    if model.images_at_once is not None:
+        summed |= {"vision_model", "multi_modal_projector"}
 
     def cast(path: Any, leaf: Array) -> Array:
         names = [key.key for key in path]
-        return leaf.astype(dtype) if names[-1] == "kernel" and "lm_head" not in names else leaf
+        is_cast = names[-1] == "kernel" and summed.isdisjoint(names)
+        return leaf.astype(model.dtype) if is_cast else leaf
 
     return jax.tree_util.tree_map_with_path(cast, params)
 
