@@ -7,13 +7,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from mllama_jax.configs import MllamaTextConfig
 from mllama_jax.shapes import Array, Float, Int
-from mllama_jax.sharding import constrain
+from mllama_jax.sharding import constrain, partition_spec
 
-_IMAGE_TOKENS_MULTIPLE = 16
+IMAGE_TOKENS_MULTIPLE = 16
 """Whole tiles of a TPU's memory; otherwise it lays the image tokens out another way outside of
 compiled functions than inside, and copies them all at each call."""
 
@@ -34,7 +34,7 @@ class MllamaCache:
       keys, values: of the self-attention layers, (self layers, B, K, S, H), rotated already.
       cross_keys, cross_values: of the cross-attention layers, (cross layers, B, K, V, H), with V
         rounded up to a multiple of 16; None while no image has been seen.
-      length: how many slots are written, int32 scalar.
+      length: how many slots are written, int32: a scalar, or (B,) where samples differ.
       num_image_tokens: image tokens a sample, 0 while no image has been seen.
     """
 
@@ -42,7 +42,7 @@ class MllamaCache:
     values: Float[Array, "layers B K S H"]
     cross_keys: Float[Array, "cross_layers B K V H"] | None
     cross_values: Float[Array, "cross_layers B K V H"] | None
-    length: Int[Array, ""]
+    length: Int[Array, ""] | Int[Array, "B"]
     num_image_tokens: int = flax.struct.field(pytree_node=False, default=0)
 
     @classmethod
@@ -59,7 +59,7 @@ class MllamaCache:
         num_self = config.num_hidden_layers - num_cross
         heads, head_dim = config.num_key_value_heads, config.head_dim
         text = (num_self, batch_size, heads, max_length, head_dim)
-        rounded = num_image_tokens + -num_image_tokens % _IMAGE_TOKENS_MULTIPLE
+        rounded = num_image_tokens + -num_image_tokens % IMAGE_TOKENS_MULTIPLE
         image = (num_cross, batch_size, heads, rounded, head_dim)
         return cls(
             keys=jnp.zeros(text, dtype),
@@ -117,16 +117,17 @@ class MllamaCache:
 
     def append(
         self,
-        start: Int[Array, ""],
+        start: Int[Array, ""] | Int[Array, "B"],
         keys: Float[Array, "layers B K T H"],
         values: Float[Array, "layers B K T H"],
+        mesh: Mesh | None = None,
     ) -> Self:
         """Writes the keys and values of T new tokens, of all self-attention layers, from slot
-        ``start`` on."""
+        ``start`` on, which samples may have one each of."""
         return dataclasses.replace(
             self,
-            keys=_write(self.keys, keys, start),
-            values=_write(self.values, values, start),
+            keys=_write(self.keys, keys, start, mesh),
+            values=_write(self.values, values, start, mesh),
             length=jnp.asarray(start + keys.shape[3], jnp.int32),
         )
 
@@ -137,7 +138,7 @@ class MllamaCache:
     ) -> Self:
         """The cache with the images' keys and values, of all cross-attention layers."""
         num_image_tokens = keys.shape[3]
-        room = [(0, 0)] * 3 + [(0, -num_image_tokens % _IMAGE_TOKENS_MULTIPLE), (0, 0)]
+        room = [(0, 0)] * 3 + [(0, -num_image_tokens % IMAGE_TOKENS_MULTIPLE), (0, 0)]
         return dataclasses.replace(
             self,
             cross_keys=jnp.pad(keys.astype(self.keys.dtype), room),
@@ -175,11 +176,33 @@ class MllamaCache:
         return keys[:, :, : self.num_image_tokens], values[:, :, : self.num_image_tokens]
 
 
-def _write(stack: Array, new: Array, start: Array) -> Array:
-    written = jax.lax.dynamic_update_slice(stack, new.astype(stack.dtype), (0, 0, 0, start, 0))
+def _write(stack: Array, new: Array, start: Array, mesh: Mesh | None) -> Array:
+    new = new.astype(stack.dtype)
+    if start.ndim == 0:
+        return _laid_out(jax.lax.dynamic_update_slice(stack, new, (0, 0, 0, start, 0)))
+    if mesh is None:
+        return _write_rows(stack, new, start)
+    batch, heads = partition_spec(("batch", "kv_heads"), stack.shape[1:3], mesh)
+    split = PartitionSpec(None, batch, heads)
+    return jax.shard_map(
+        _write_rows, mesh=mesh, in_specs=(split, split, PartitionSpec(batch)), out_specs=split
+    )(stack, new, start)
+
+
+def _write_rows(stack: Array, new: Array, start: Array) -> Array:
+    """One sample after the other: a scatter would copy the stack."""
+
+    def write(row: Array, stack: Array) -> Array:
+        tokens = jax.lax.dynamic_slice_in_dim(new, row, 1, axis=1)
+        return _laid_out(jax.lax.dynamic_update_slice(stack, tokens, (0, row, 0, start[row], 0)))
+
+    return jax.lax.fori_loop(0, stack.shape[1], write, stack)
+
+
+def _laid_out(stack: Array) -> Array:
     # Left to itself, the TPU compiler lays the cache out for this small write, and copies all of it
     # for every layer that reads it.
-    return with_layout_constraint(written, Layout(tuple(range(written.ndim))))
+    return with_layout_constraint(stack, Layout(tuple(range(stack.ndim))))
 
 
 def _layer(stack: Array, layer: Array) -> Array:

@@ -13,9 +13,10 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from mllama_jax.attention import attend, attend_with_weights
-from mllama_jax.attention.decode_kernel import attend_decode
+from mllama_jax.attention.decode import attend_decode
 from mllama_jax.attention.step import MAX_STEP, attend_step
 from mllama_jax.cache import MllamaCache
 from mllama_jax.configs import MllamaTextConfig
@@ -31,11 +32,13 @@ from mllama_jax.sharding import constrain
 class DecodeMasks:
     """What one new token may attend to: int32, 0 for slots and image tokens that it may not.
 
-    They are made once for all layers; ``image_tokens_B1V`` covers the cache's rounded length.
+    They are made once for all layers; ``image_tokens_B1V`` covers the cache's rounded length, and
+    none of a sample is allowed from ``image_tokens_used_B`` on.
     """
 
     slots_B1S: Int[Array, "B 1 S"]
     image_tokens_B1V: Int[Array, "B 1 V"] | None
+    image_tokens_used_B: Int[Array, "B"] | None
 
 
 @flax.struct.dataclass
@@ -45,18 +48,18 @@ class DecoderInputs:
     Attributes:
       cos, sin: rotary tables, (B or 1, T, 1, H/2) float32.
       mask: of self-attention.
-      start: the slot of the first token, int32 scalar.
+      start: the slot of the first token, int32: a scalar, or (B,) where samples differ.
       cache: of earlier tokens and images, only read here; None if there is none.
       cross_attention_states: image features, or None (then cached ones are used).
       cross_mask: which tiles each token may attend to; None for all.
-      decode_masks: for the kernel of one new token; None if it is not used.
+      decode_masks: of one new token after a cache; None for all other calls.
       sees_image_BT: False for the tokens that may attend to no tile; None if there are none.
     """
 
     cos: Float[Array, "#B T 1 h"]
     sin: Float[Array, "#B T 1 h"]
     mask: CausalMask
-    start: Int[Array, ""]
+    start: Int[Array, ""] | Int[Array, "B"]
     cache: MllamaCache | None
     cross_attention_states: Float[Array, "B V D"] | None
     cross_mask: TileMask | None
@@ -113,8 +116,8 @@ class TextAttention(nn.Module):
 
     def attend_decode(self, q_B1NH: Array, **arguments: Any) -> Array:
         execution = self.execution
-        interpret = execution.attention == "splash_interpret"
-        out = attend_decode(q_B1NH[:, 0], **arguments, mesh=execution.mesh, interpret=interpret)
+        kind, mesh = execution.attention, execution.mesh
+        out = attend_decode(q_B1NH[:, 0], **arguments, kind=kind, mesh=mesh)
         return out[:, None].astype(execution.dtype)
 
     def output(self, attended: Array) -> Array:
@@ -160,13 +163,21 @@ class SelfAttention(TextAttention):
             allowed = inputs.mask.rows(0, T)
             out = attend_step(q, past_k, past_v, k, v, allowed, inputs.start)
             return self.output(out), new, None
-        place = (0, 0, inputs.start, 0)
         k, v = (
-            jax.lax.dynamic_update_slice(old, fresh, place).swapaxes(1, 2)
+            _written(old, fresh, inputs.start).swapaxes(1, 2)
             for old, fresh in zip((past_k, past_v), new, strict=True)
         )
         out, weights = self.attend(q, k, v, inputs.mask, output_attentions)
         return self.output(out), new, weights
+
+
+def _written(past_BKSH: Array, new_BKTH: Array, start: Array) -> Array:
+    """A layer's cached keys or values with those of new tokens from slot ``start`` on."""
+
+    def write(past_KSH: Array, new_KTH: Array, start: Array) -> Array:
+        return jax.lax.dynamic_update_slice(past_KSH, new_KTH, (0, start, 0))
+
+    return jax.vmap(write, in_axes=(0, 0, 0 if start.ndim else None))(past_BKSH, new_BKTH, start)
 
 
 class CrossAttention(TextAttention):
@@ -190,7 +201,7 @@ class CrossAttention(TextAttention):
                     values=cache.cross_values,
                     layer=layer,
                     allowed_B1S=masks.image_tokens_B1V,
-                    used=jnp.int32(cache.num_image_tokens),
+                    used=masks.image_tokens_used_B,
                     new=None,
                 )
                 return self.output(out), None, None
@@ -340,17 +351,20 @@ class DecoderUnit(nn.Module):
 def decode_masks(inputs: DecoderInputs) -> DecodeMasks:
     """The masks of a call with a cache and one new token."""
     assert inputs.cache is not None
-    images = None
+    images = used = None
     if inputs.cache.cross_keys is not None:
         num_samples, V = inputs.mask.valid_BS.shape[0], inputs.cache.num_image_tokens
         mask = inputs.cross_mask
         allowed = jnp.ones((num_samples, 1, V), bool) if mask is None else mask.rows(0, 1)
         rounded = inputs.cache.cross_keys.shape[3]
         images = jnp.pad(allowed.astype(jnp.int32), ((0, 0), (0, 0), (0, rounded - V)))
-    return DecodeMasks(inputs.mask.rows(0, 1).astype(jnp.int32), images)
+        used = jnp.max(jnp.where(images[:, 0] != 0, jnp.arange(rounded) + 1, 0), axis=1)
+    return DecodeMasks(inputs.mask.rows(0, 1).astype(jnp.int32), images, used)
 
 
-def grown_cache(cache: MllamaCache, start: Array, outputs: UnitOutputs) -> MllamaCache:
+def grown_cache(
+    cache: MllamaCache, start: Array, outputs: UnitOutputs, mesh: Mesh | None
+) -> MllamaCache:
     """The cache after a call whose new tokens stand in the slots from ``start`` on."""
 
     def merged(stacked: Array) -> Array:
@@ -358,7 +372,7 @@ def grown_cache(cache: MllamaCache, start: Array, outputs: UnitOutputs) -> Mllam
         return stacked.reshape(-1, *stacked.shape[2:])
 
     if outputs.keys is not None and outputs.values is not None:
-        cache = cache.append(start, merged(outputs.keys), merged(outputs.values))
+        cache = cache.append(start, merged(outputs.keys), merged(outputs.values), mesh)
     if outputs.cross_keys is not None and outputs.cross_values is not None:
         cache = cache.with_images(merged(outputs.cross_keys), merged(outputs.cross_values))
     return cache

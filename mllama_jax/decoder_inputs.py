@@ -39,7 +39,7 @@ def check_cache(cache: MllamaCache, batch_size: int, length: int, start: Array) 
         raise ValueError(
             f"past_key_values holds {cache.keys.shape[1]} samples, the inputs {batch_size}"
         )
-    used = 0 if isinstance(start, jax.core.Tracer) else int(start)
+    used = 0 if isinstance(start, jax.core.Tracer) else int(start.max())
     if used + length > cache.max_length:
         raise ValueError(
             f"past_key_values has {cache.max_length} slots; {used} are used and {length} more are "

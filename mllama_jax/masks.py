@@ -91,20 +91,20 @@ class CausalMask:
     """A query sees its own slot and earlier ones, except padding and other segments.
 
     Attributes:
-      query_slots_T: the slot that each query stands in.
+      query_slots: the slot that each query stands in, (T,), or (B, T) where samples differ.
       valid_BS: False or 0 for slots that hold padding; or int32 segments, where several texts
         are packed into one row.
       query_segments_BT: the segment of each query, which sees slots of the same segment only (and
         nothing if it is 0); None stands for all segments.
     """
 
-    query_slots_T: Int[Array, "T"]
+    query_slots: Int[Array, "T"] | Int[Array, "B T"]
     valid_BS: Bool[Array, "B S"] | Int[Array, "B S"]
     query_segments_BT: Int[Array, "B T"] | None = None
 
     def rows(self, start: int | Array, size: int) -> Bool[Array, "B size S"]:
-        slots = jax.lax.dynamic_slice_in_dim(self.query_slots_T, start, size)
-        allowed = (jnp.arange(self.valid_BS.shape[1]) <= slots[:, None]) & (
+        slots = jax.lax.dynamic_slice_in_dim(self.query_slots, start, size, axis=-1)
+        allowed = (jnp.arange(self.valid_BS.shape[1]) <= slots[..., None]) & (
             self.valid_BS[:, None, :] != 0
         )
         if self.query_segments_BT is None:
@@ -116,13 +116,13 @@ class CausalMask:
         if self.query_segments_BT is None:
             num_slots = self.valid_BS.shape[1]
             first_B = jnp.where(self.valid_BS != 0, jnp.arange(num_slots), num_slots).min(1)
-            return first_B[:, None] <= self.query_slots_T
+            return first_B[:, None] <= self.query_slots
         # One reduction; the compiler does not store what it reduces.
-        return self.rows(0, self.query_slots_T.shape[0]).any(-1)
+        return self.rows(0, self.query_slots.shape[-1]).any(-1)
 
-    def codes(self) -> Int[Array, "1 T"]:
+    def codes(self) -> Int[Array, "#B T"]:
         """For `rule`, which leaves out padding and segments."""
-        return self.query_slots_T[None].astype(jnp.int32)
+        return jnp.atleast_2d(self.query_slots).astype(jnp.int32)
 
     @property
     def rule(self) -> UpToKey:

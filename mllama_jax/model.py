@@ -119,7 +119,7 @@ class MllamaForConditionalGeneration(GenerativeModule):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cache_position: Int[Array, "T"] | None = None,
-        num_logits_to_keep: int = 0,
+        num_logits_to_keep: int | Int[Array, "kept"] = 0,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Reads pictures and text, predicts the next token of each text token.
 

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from mllama_jax.attention.decode_kernel import DECODE_KERNEL_KINDS
 from mllama_jax.cache import LegacyCache, MllamaCache
 from mllama_jax.configs import MllamaConfig, MllamaTextConfig
 from mllama_jax.decoder import (
@@ -203,9 +202,10 @@ class MllamaTextModel(DecoderModule):
             check_cache(cache, B, T, start)
         else:
             check_shape("attention_mask", attention_mask, (B, T))
-        positions_T = start + jnp.arange(T) if cache_position is None else cache_position
+        # The slots of the new tokens, (T,), or (B, T) where samples differ.
+        slots = start[..., None] + jnp.arange(T)
         if position_ids is None:
-            position_ids = positions_T[None]
+            position_ids = jnp.atleast_2d(slots if cache_position is None else cache_position)
         cos, sin = rotary_table(position_ids, inverse_frequencies(config))
 
         if cross_attention_states is not None:
@@ -225,7 +225,7 @@ class MllamaTextModel(DecoderModule):
         inputs = DecoderInputs(
             cos=cos,
             sin=sin,
-            mask=CausalMask(start + jnp.arange(T), valid_slots(attention_mask, B, num_slots)),
+            mask=CausalMask(slots, valid_slots(attention_mask, B, num_slots)),
             start=start,
             cache=cache,
             cross_attention_states=cross_attention_states,
@@ -233,7 +233,7 @@ class MllamaTextModel(DecoderModule):
             sees_image_BT=sees_image_BT,
         )
         is_decoding = T == 1 and cache is not None and cross_attention_states is None
-        if is_decoding and not output_attentions and self.attention in DECODE_KERNEL_KINDS:
+        if is_decoding and not output_attentions and self.attention != "reference":
             inputs = dataclasses.replace(inputs, decode_masks=decode_masks(inputs))
         x_BTD, outputs = self._layers(
             x_BTD,
@@ -246,7 +246,8 @@ class MllamaTextModel(DecoderModule):
         x_BTD = self.norm(x_BTD)
         past: MllamaCache | LegacyCache | None = None
         if use_cache:
-            past = grown_cache(self.init_cache(B, T) if cache is None else cache, start, outputs)
+            past = self.init_cache(B, T) if cache is None else cache
+            past = grown_cache(past, start, outputs, self.mesh)
             if isinstance(past_key_values, tuple):
                 past = past.to_legacy_cache(config)
         hidden_states = attentions = None
@@ -344,7 +345,7 @@ class MllamaForCausalLM(GenerativeModule):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cache_position: Int[Array, "T"] | None = None,
-        num_logits_to_keep: int = 0,
+        num_logits_to_keep: int | Int[Array, "kept"] = 0,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Runs the decoder over ``T`` new tokens and predicts the next one of each.
 
@@ -352,7 +353,8 @@ class MllamaForCausalLM(GenerativeModule):
           labels: (B, T) token ids, -100 for tokens that don't count; label t is what token t-1 is
             to predict (they are shifted here). The loss is the mean over labels that count, NaN
             if there is none.
-          num_logits_to_keep: compute logits of the last so many tokens only; 0 for all.
+          num_logits_to_keep: compute logits of the last so many tokens only, 0 for all; or of the
+            tokens of these indices, an array, which need not be known when this is compiled.
 
         The other arguments are `MllamaTextModel.__call__`'s.
 
@@ -376,7 +378,12 @@ class MllamaForCausalLM(GenerativeModule):
             output_hidden_states=output_hidden_states,
             cache_position=cache_position,
         )
-        logits = self._logits(outputs.last_hidden_state[:, -num_logits_to_keep:])
+        x_BTD = outputs.last_hidden_state
+        if isinstance(num_logits_to_keep, int):
+            x_BTD = x_BTD[:, -num_logits_to_keep:]
+        else:
+            x_BTD = jnp.take(x_BTD, num_logits_to_keep, axis=1)
+        logits = self._logits(x_BTD)
         loss = None
         if labels is not None:
             if labels.shape != logits.shape[:2]:

@@ -228,3 +228,39 @@ def test_a_mask_longer_than_the_cache_is_refused(params: Any):
         attention_mask=mask,
         past_key_values=MODEL.init_cache(2, 6),
     )
+
+
+@pytest.mark.parametrize("kind", ["reference", "xla", "splash_interpret"])
+def test_samples_may_stand_at_different_slots(params: Any, kind: Any):
+    """Each sample goes on where its own text ends, as it does alone."""
+    model = MODEL.clone(attention=kind)
+    inputs = make_inputs([[(1, 3), (4, 2)], [(0, 1)]], [8, 8])
+    lengths = [3, 6]
+
+    @jax.jit
+    def run(inputs: dict[str, Any]) -> Any:
+        output = model.apply({"params": params}, **inputs, use_cache=True)
+        return output.logits, output.past_key_values
+
+    caches, expected = [], []
+    for sample, length in enumerate(lengths):
+        own = {name: value[sample : sample + 1] for name, value in inputs.items()}
+        cache = model.init_cache(1, T + 3, NUM_IMAGE_TOKENS)
+        start = part(own, slice(0, length), images=True) | {"past_key_values": cache}
+        start["attention_mask"] = start["attention_mask"][:, :length]
+        caches.append(run(start)[1])
+        expected.append(run(own)[0][:, length : length + 2])
+    cache = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1) if x[0].ndim else x[0], *caches)
+    cache = cache.replace(length=jnp.asarray(lengths, jnp.int32))
+    rows = np.arange(2)
+    for step in range(2):
+        columns = np.asarray(lengths) + step
+        new = {
+            "input_ids": inputs["input_ids"][rows, columns][:, None],
+            "cross_attention_mask": inputs["cross_attention_mask"][rows, columns][:, None],
+            "past_key_values": cache,
+        }
+        logits, cache = run(new)
+        for sample in rows:
+            assert_same(logits[sample, 0], expected[sample][0, step])
+    np.testing.assert_array_equal(cache.length, np.asarray(lengths) + 2)

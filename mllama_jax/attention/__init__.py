@@ -9,8 +9,8 @@ splash_interpret splash's kernels operation by operation, on any device: slow, f
 ================ ===========================================================================
 
 Every kind but ``reference`` computes calls of fewer than `FEWEST_QUERIES` queries as ``xla`` does:
-a fused kernel has nothing to gain there. A step of decoding reads the cache where it lies: with
-``splash`` by a kernel of its own (`decode_kernel`), otherwise in plain operations (`step`).
+a fused kernel has nothing to gain there. Decoding reads the cache where it lies: one token after
+the other by `decode`, with ``splash`` in a kernel of its own, and a few at once by `step`.
 
 A query that may attend to nothing gets exact zeros.
 """

@@ -12,83 +12,15 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import Mesh, PartitionSpec
 
-from mllama_jax.attention.on_mesh import check_platform, head_axes, shared_head
-from mllama_jax.shapes import Array, Float, Int
-from mllama_jax.sharding import partition_spec
-
-DECODE_KERNEL_KINDS = ("splash", "splash_interpret")
-"""The kinds of attention that decode by this kernel."""
+from mllama_jax.shapes import Array
 
 _BLOCK = 2048
 """Slots that are read at a time: two blocks of keys and of values lie in fast memory."""
 _LANES = 128
 
 
-def attend_decode(
-    q_BNH: Float[Array, "B N H"],
-    keys: Float[Array, "layers B K S H"],
-    values: Float[Array, "layers B K S H"],
-    layer: Int[Array, ""],
-    allowed_B1S: Int[Array, "B 1 S"],
-    used: Int[Array, ""],
-    new: tuple[Float[Array, "B K 1 H"], Float[Array, "B K 1 H"]] | None,
-    mesh: Mesh | None = None,
-    *,
-    interpret: bool = False,
-) -> Float[Array, "B N H"]:
-    """Attention of one token a sample over a layer of the cache, and over the token itself.
-
-    Args:
-      keys, values: of all layers.
-      layer: the one to read.
-      allowed_B1S: int32, 0 for the slots that a sample's token may not attend to.
-      used: slots in use; those from here on are not read.
-      new: key and value of the token itself, which it always attends to; None if there are none
-        (cross-attention).
-      mesh: samples are split over data and fsdp, heads over tensor.
-      interpret: run it operation by operation, on any device: slow, for tests.
-
-    Returns:
-      In the values' dtype; zeros for samples that may attend to nothing.
-
-    Raises:
-      ValueError: the devices are not TPUs.
-    """
-    if not interpret:
-        check_platform("splash", ("tpu",), mesh)
-    scalars = tuple(jnp.asarray(x, jnp.int32).reshape(1) for x in (layer, used, 0))
-    (B, N, _), K = q_BNH.shape, keys.shape[2]
-    kernel = partial(_attend, interpret=interpret)
-    if mesh is None:
-        return kernel(K, scalars, q_BNH, keys, values, allowed_B1S, new)
-
-    batch = partition_spec(("batch",), (B,), mesh)[0]
-    heads, kv_heads = head_axes(N, K, mesh)
-
-    def local(scalars: tuple[Array, ...], q: Array, keys: Array, *rest: Any) -> Array:
-        if heads == kv_heads:
-            return kernel(keys.shape[2], scalars, q, keys, *rest)
-        return kernel(1, (*scalars[:2], shared_head(K, mesh).reshape(1)), q, keys, *rest)
-
-    cache = PartitionSpec(None, batch, kv_heads)
-    token = PartitionSpec(batch, kv_heads)
-    return jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(
-            (PartitionSpec(),) * 3,
-            PartitionSpec(batch, heads),
-            *(cache, cache, PartitionSpec(batch)),
-            None if new is None else (token, token),
-        ),
-        out_specs=PartitionSpec(batch, heads),
-        check_vma=False,  # the kernel doesn't say over which axes its results vary
-    )(scalars, q_BNH, keys, values, allowed_B1S, new)
-
-
-def _attend(
+def attend_kernel(
     K: int,
     scalars: tuple[Array, ...],
     q_BNH: Array,
@@ -99,22 +31,27 @@ def _attend(
     *,
     interpret: bool,
 ) -> Array:
-    """Of K key/value heads; scalars: the layer, slots in use, the first of these heads."""
+    """`mllama_jax.attention.decode.attend_decode` on one device.
+
+    Args:
+      K: key/value heads to attend to.
+      scalars: (1,) the layer, (B,) slots in use, (1,) the first of these heads.
+    """
     B, N, H = q_BNH.shape
     S = keys.shape[3]
     G = N // K
     q_BKGH = q_BNH.reshape(B, K, G, H)
     block = min(_BLOCK, S)
 
-    def last(j: Array, used: Any) -> Array:
+    def last(b: Array, j: Array, used: Any) -> Array:
         """Block j, or the last one in use: a block that stays the same is not read again."""
-        return jnp.minimum(j, jnp.maximum((used[0] + block - 1) // block - 1, 0))
+        return jnp.minimum(j, jnp.maximum((used[b] + block - 1) // block - 1, 0))
 
     def of_cache(b: Array, k: Array, j: Array, layer: Any, used: Any, head: Any) -> tuple[Any, ...]:
-        return layer[0], b, head[0] + k, last(j, used), 0
+        return layer[0], b, head[0] + k, last(b, j, used), 0
 
     def of_mask(b: Array, _k: Array, j: Array, _layer: Any, used: Any, _head: Any) -> Any:
-        return b, 0, last(j, used)
+        return b, 0, last(b, j, used)
 
     def of_query(b: Array, k: Array, *_: Any) -> tuple[Any, ...]:
         return b, k, 0, 0
@@ -171,7 +108,7 @@ def _kernel(
 ) -> None:
     """One block of slots of one head: softmax so far, its sum and its product with the values."""
     *news, out_ref, top_ref, total_ref, product_ref = rest
-    step = pl.program_id(2)
+    used, step = used_ref[pl.program_id(0)], pl.program_id(2)
     q_GH = q_ref[0, 0]
     lowest = jnp.finfo(jnp.float32).min
 
@@ -188,7 +125,7 @@ def _kernel(
             total_ref[...] = jnp.zeros_like(total_ref)
             product_ref[...] = jnp.zeros_like(product_ref)
 
-    @pl.when(step * block < used_ref[0])
+    @pl.when(step * block < used)
     def add() -> None:
         v_SH = v_ref[0, 0, 0]
         scores = jax.lax.dot_general(
@@ -196,7 +133,7 @@ def _kernel(
         )
         first = step * block
         slots = first + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-        allowed = (slots < used_ref[0]) & (allowed_ref[0] != 0)
+        allowed = (slots < used) & (allowed_ref[0] != 0)
         if num_slots % block:  # what stands behind the last slot may be anything, even NaN
             rows = first + jax.lax.broadcasted_iota(jnp.int32, v_SH.shape, 0)
             v_SH = jnp.where(rows < num_slots, v_SH, jnp.zeros_like(v_SH))

@@ -15,24 +15,25 @@ def attend_step(
     k_BTKH: Float[Array, "B T K H"],
     v_BTKH: Float[Array, "B T K H"],
     allowed_BTS: Bool[Array, "B T S"],
-    start: Int[Array, ""],
+    start: Int[Array, ""] | Int[Array, "B"],
 ) -> Float[Array, "B T N H"]:
     """`mllama_jax.attention.attend` over cached keys and over those of the new tokens themselves.
 
     Args:
       past_k_BKSH, past_v_BKSH: the cache of one layer; what stands in the slots from ``start`` on
-        is not looked at.
+        is not looked at. Samples may have a ``start`` each.
       k_BTKH, v_BTKH: of the new tokens, which belong in the slots from ``start`` on.
       allowed_BTS: which slots each token may attend to.
     """
     B, T, N, H = q_BTNH.shape
     K, S = past_k_BKSH.shape[1:3]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    slots = start + jnp.arange(T)
+    start_B11 = jnp.reshape(start, (-1, 1, 1))
+    own = jnp.broadcast_to(start_B11 + jnp.arange(T), (B, T, T))
     parts = (
         # Keys, values, their axes, and what of them may be attended to.
-        (past_k_BKSH, past_v_BKSH, "BKSH", allowed_BTS & (jnp.arange(S) < start)),
-        (k_BTKH, v_BTKH, "BSKH", jnp.take(allowed_BTS, slots, axis=2)),
+        (past_k_BKSH, past_v_BKSH, "BKSH", allowed_BTS & (jnp.arange(S) < start_B11)),
+        (k_BTKH, v_BTKH, "BSKH", jnp.take_along_axis(allowed_BTS, own, axis=2)),
     )
     scores = [_scores(q_BTKGH, keys, axes, allowed) for keys, _, axes, allowed in parts]
     top = jnp.maximum(*(part.max(-1, keepdims=True) for part in scores))

@@ -1,0 +1,361 @@
+"""The engine: requests of any length and any number of pictures in, answers out as they finish.
+
+A fixed number of slots is kept busy. The host only decides who gets a slot and reads, one dispatch
+late, what became of it; every token is chosen on the device.
+"""
+
+import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from mllama_jax.batch.answers import Answer, Failure, Timings
+from mllama_jax.batch.device import Device
+from mllama_jax.batch.feeder import Feeder
+from mllama_jax.batch.guided import Guide, GuideFactory
+from mllama_jax.batch.options import EngineOptions
+from mllama_jax.batch.pictures import PictureSources
+from mllama_jax.batch.prepare import prepare
+from mllama_jax.batch.programs import Chunk, Logprobs
+from mllama_jax.batch.requests import Request, RequestError
+from mllama_jax.batch.rules import RowRules, bad_word_tokens, make_row_rules
+from mllama_jax.batch.sequences import Job, Sequence, token_logprob
+from mllama_jax.generation.config import GenerationConfig
+from mllama_jax.pretrained import Params
+
+__all__ = ["Engine", "EngineOptions", "EngineStats"]
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What the engine has done so far.
+
+    Attributes:
+        done, failed: requests.
+        tokens_in, tokens_out: of prompts that were read, and of answers.
+        slots_busy, num_slots: now.
+        pictures_encoded, pictures_reused: distinct pictures, and those that were found kept.
+        programs: compiled so far.
+    """
+
+    done: int
+    failed: int
+    tokens_in: int
+    tokens_out: int
+    slots_busy: int
+    num_slots: int
+    pictures_encoded: int
+    pictures_reused: int
+    programs: int
+
+
+@dataclass(frozen=True)
+class _Dispatch:
+    """New tokens that the device is computing, of these slots."""
+
+    owners: tuple[tuple[int, Sequence], ...]
+    chunk: Chunk
+
+
+class Engine:
+    """Answers requests on the devices of a model, many at a time.
+
+    ::
+
+        engine = Engine(model, params, processor)
+        for answer in engine.run(requests):
+            print(answer.prepared.request.custom_id, answer.choices[0].text)
+
+    A request's answer does not depend on the others: greedy text is what `model.generate` gives
+    for it alone, and sampled text depends on its seed.
+
+    Args:
+        model, params: with its own mesh, if it has one.
+        processor: of the same checkpoint.
+        options: see `EngineOptions`.
+        sources: where pictures may come from.
+        date_string: today's date as the chat template is to say it; None: today's.
+
+    Raises:
+        ValueError: the model has ``hf_masked_rows``: pictures' missing tiles are not stored here.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        params: Params,
+        processor: Any,
+        *,
+        options: EngineOptions | None = None,
+        sources: PictureSources | None = None,
+        date_string: str | None = None,
+    ):
+        if model.hf_masked_rows:
+            raise ValueError(
+                "hf_masked_rows=True lets tokens attend to missing tiles, which the engine does "
+                "not store: use generate"
+            )
+        self.options = EngineOptions() if options is None else options
+        self._processor = processor
+        self._sources = PictureSources() if sources is None else sources
+        self._date_string = date_string
+        generation = model.generation_config
+        if generation is None:
+            generation = GenerationConfig.from_model_config(model.text_config)
+        self._end_tokens = frozenset(generation.eos_token_ids)
+        self._guides = GuideFactory(
+            processor.tokenizer, model.text_config.vocab_size, sorted(self._end_tokens)
+        )
+        self._device = Device(model, params, self.options, self._end_tokens)
+        self._vocab_size = model.text_config.vocab_size
+        self._occupied: list[Sequence | None] = [None] * self.options.num_slots
+        self._filling: deque[tuple[int, Sequence]] = deque()
+        self._waiting: deque[Sequence] = deque()
+        self._dispatched: deque[_Dispatch] = deque()
+        self._answers: deque[Answer] = deque()
+        self._stopping = False
+        self._done = self._failed = self._tokens_in = self._tokens_out = 0
+
+    @property
+    def stats(self) -> EngineStats:
+        """A snapshot."""
+        return EngineStats(
+            done=self._done,
+            failed=self._failed,
+            tokens_in=self._tokens_in,
+            tokens_out=self._tokens_out,
+            slots_busy=sum(sequence is not None for sequence in self._occupied),
+            num_slots=self.options.num_slots,
+            pictures_encoded=self._device.pictures_encoded,
+            pictures_reused=self._device.pictures_reused,
+            programs=self._device.num_programs,
+        )
+
+    def stop(self) -> None:
+        """Takes in no more requests; those that have a slot are finished."""
+        self._stopping = True
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Answer | Failure]:
+        """Answers requests, each as soon as it is complete.
+
+        Args:
+            requests: read lazily, a bounded number ahead of the devices.
+        """
+        feeder = Feeder(
+            requests,
+            self._prepared,
+            num_workers=self.options.num_workers,
+            ahead=2 * self.options.num_slots,
+        )
+        try:
+            while True:
+                yield from self._take_in(feeder)
+                self._fill_slots()
+                self._decode()
+                while self._answers:
+                    yield self._answers.popleft()
+                if not self._is_busy and (self._stopping or feeder.is_empty):
+                    return
+        finally:
+            feeder.close()
+
+    @property
+    def _is_busy(self) -> bool:
+        return bool(
+            self._dispatched
+            or (self._waiting and not self._stopping)
+            or any(sequence is not None for sequence in self._occupied)
+        )
+
+    # Requests → slots
+
+    def _prepared(self, request: Request) -> Job | Failure:
+        """In a worker thread."""
+        try:
+            return Job(
+                prepare(
+                    request,
+                    self._processor,
+                    self._sources,
+                    max_length=self.options.max_length,
+                    date_string=self._date_string,
+                )
+            )
+        except RequestError as error:
+            return Failure(request.custom_id, error)
+        except Exception as error:  # one request's trouble is not that of the others
+            described = f"it could not be prepared: {type(error).__name__}: {error}"
+            return Failure(request.custom_id, RequestError(described, status_code=500))
+
+    def _take_in(self, feeder: Feeder[Request, Job | Failure]) -> Iterator[Failure]:
+        """Gives free slots to waiting answers, as far as there are any."""
+        free = [slot for slot, sequence in enumerate(self._occupied) if sequence is None]
+        if self._stopping or not free:
+            return
+        taken: list[tuple[int, Sequence]] = []
+        for slot in free:
+            while not self._waiting:
+                ready = feeder.take(wait=not self._is_busy and not taken)
+                if ready is None:
+                    break
+                if isinstance(ready, Job):
+                    ready = self._split(ready)
+                if isinstance(ready, Failure):
+                    self._failed += 1
+                    yield ready
+            if not self._waiting:
+                break
+            sequence = self._waiting.popleft()
+            self._occupied[slot] = sequence
+            taken.append((slot, sequence))
+        self._device.encode([p for _, sequence in taken for p in sequence.job.prepared.pictures])
+        for slot, sequence in taken:
+            self._device.write_pictures(slot, sequence.job.prepared.pictures)
+            sequence.job.started = sequence.job.started or sequence.job.seconds()
+            self._filling.append((slot, sequence))
+        self._device.forget_pictures()
+
+    def _split(self, job: Job) -> Failure | None:
+        """Puts a request's answers into the queue; returns why that can't be."""
+        try:
+            limit = self._limit(job)
+            for index in range(job.options.n):
+                guide = None
+                if job.options.response_format is not None:
+                    guide = self._guides.guide(job.options.response_format)
+                self._waiting.append(
+                    Sequence(
+                        job,
+                        index,
+                        limit=limit,
+                        rules=self._rules(job, index, guide),
+                        end_tokens=self._end_tokens,
+                        tokenizer=self._processor.tokenizer,
+                        guide=guide,
+                    )
+                )
+        except RequestError as error:
+            return Failure(job.prepared.request.custom_id, error)
+        return None
+
+    def _rules(self, job: Job, index: int, guide: Guide | None) -> RowRules:
+        """How the device chooses the tokens of one of a request's answers."""
+        return make_row_rules(
+            job.options,
+            self._vocab_size,
+            choice=index,
+            # So that a job that is carried on writes what it would have written.
+            default_seed=zlib.crc32(job.prepared.request.custom_id.encode()),
+            bad_words=bad_word_tokens(job.options.bad_words, self._processor.tokenizer),
+            guide_mask=None if guide is None else guide.mask(),
+        )
+
+    def _limit(self, job: Job) -> int:
+        """The most new tokens.
+
+        Raises:
+            RequestError: more were asked for than there is room for.
+        """
+        prompt, wanted = len(job.prepared.input_ids), job.options.max_tokens
+        # The last new token is never read, so it needs no room.
+        room = self.options.max_length - prompt + 1
+        if wanted is not None and wanted > room:
+            raise RequestError(
+                f"the prompt has {prompt} tokens and max_tokens={wanted}: together more than the "
+                f"{self.options.max_length} that a slot holds: ask for at most {room}, or run with "
+                "a larger max_length",
+                field="max_tokens",
+            )
+        tiles = sum(picture.num_tiles for picture in job.prepared.pictures)
+        if tiles > self.options.max_tiles:
+            raise RequestError(
+                f"the pictures have {tiles} tiles together, more than the {self.options.max_tiles} "
+                "that a slot holds: send fewer or smaller pictures, or run with a larger max_tiles",
+                field="messages",
+            )
+        return room if wanted is None else wanted
+
+    # Slots → devices
+
+    def _fill_slots(self) -> None:
+        """One chunk of each prompt that is not read yet, so that long ones don't hold others up."""
+        for _ in range(len(self._filling)):
+            slot, sequence = self._filling.popleft()
+            chunk = self._device.prefill(slot, sequence)
+            if sequence.is_filled:
+                self._tokens_in += sequence.position
+                self._dispatched.append(_Dispatch(((slot, sequence),), chunk))
+            else:
+                self._filling.append((slot, sequence))
+
+    def _decode(self) -> None:
+        sequences = [sequence for sequence in self._occupied if sequence is not None]
+        is_guided = any(sequence.guide is not None for sequence in sequences)
+        if is_guided:
+            # What may come next depends on what came last, which the host has to see first.
+            self._hear(until=0)
+        owners = tuple(
+            (slot, sequence)
+            for slot, sequence in enumerate(self._occupied)
+            if sequence is not None and sequence.is_filled
+        )
+        if owners:
+            chunk = self._device.decode(dict(owners), one_step=is_guided)
+            self._dispatched.append(_Dispatch(owners, chunk))
+        # The device works on the newest while the host reads what is older.
+        self._hear(until=1 if owners else 0)
+
+    # Devices → answers
+
+    def _hear(self, until: int) -> None:
+        """Reads new tokens until so many dispatches are left."""
+        while len(self._dispatched) > until:
+            dispatch = self._dispatched.popleft()
+            packed = np.asarray(dispatch.chunk.packed)
+            wants_logprobs = any(s.job.options.logprobs is not None for _, s in dispatch.owners)
+            logprobs = jax.device_get(dispatch.chunk.logprobs) if wants_logprobs else None
+            for row, (slot, sequence) in enumerate(dispatch.owners):
+                if sequence.is_done:  # by a stop string, after this was dispatched
+                    continue
+                if len(packed) > 1:
+                    row = slot
+                *tokens, count, goes_on = packed[row].tolist()
+                self._push(sequence, tokens[:count], logprobs, row)
+                sequence.is_done = sequence.is_done or not goes_on
+                if sequence.is_done:
+                    self._finish(slot, sequence)
+
+    def _push(
+        self, sequence: Sequence, tokens: list[int], logprobs: Logprobs | None, row: int
+    ) -> None:
+        job = sequence.job
+        job.first_token = job.first_token or job.seconds()
+        for column, token in enumerate(tokens[: sequence.limit]):
+            logprob = None
+            if job.options.logprobs is not None and logprobs is not None:
+                logprob = token_logprob(token, logprobs, (row, column), job.options.logprobs)
+            self._tokens_out += 1
+            if sequence.push(token, logprob):
+                sequence.is_done = True
+                return
+
+    def _finish(self, slot: int, sequence: Sequence) -> None:
+        """Frees the slot; the request is answered when this was the last of its answers."""
+        self._occupied[slot] = None
+        job = sequence.job
+        job.choices[sequence.index] = sequence.choice()
+        if len(job.choices) < job.options.n:
+            return
+        self._done += 1
+        self._answers.append(
+            Answer(
+                prepared=job.prepared,
+                choices=tuple(job.choices[index] for index in sorted(job.choices)),
+                prompt_logprobs=job.all_prompt_logprobs(),
+                timings=Timings(job.started, job.first_token, job.seconds()),
+            )
+        )
