@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt
 
 if TYPE_CHECKING:
     from jax import Array as Array
@@ -36,4 +36,4 @@ else:
     # Callers may pass NumPy's arrays; what comes out is JAX's.
     Array = jax.Array | np.ndarray
 
-__all__ = ["Array", "Bool", "Float", "Int"]
+__all__ = ["Array", "Bool", "Float", "Int", "UInt"]

@@ -11,6 +11,7 @@ from jaxtyping import install_import_hook
 CHECKED = (
     *("attention", "decoder", "loss", "masks", "rope"),
     *("generation.decoding", "generation.sampling"),
+    *("batch.rules", "batch.sampling", "batch.windows"),
 )
 
 install_import_hook([f"mllama_jax.{module}" for module in CHECKED], "beartype.beartype")

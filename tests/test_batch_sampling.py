@@ -150,8 +150,16 @@ def test_repetition_penalty(history):
     np.testing.assert_allclose(shaped(logits, rules, history), expected, rtol=1e-6)
 
 
-def test_presence_and_frequency_penalties(history):
-    values = [(0.5, 0.0), (0.0, 0.7), (-1.5, 2.0), (0.0, 0.0), (2.0, 2.0), (0.1, -0.3)]
+@pytest.mark.parametrize(
+    "values",
+    [
+        [(0.5, 0.0), (0.0, 0.7), (-1.5, 2.0), (0.0, 0.0), (2.0, 2.0), (0.1, -0.3)],
+        [(0.5, 0.0), (-2.0, 0.0), *[(0.0, 0.0)] * 4],
+        [(0.0, 0.5), (0.0, -2.0), *[(0.0, 0.0)] * 4],
+    ],
+    ids=["both", "presence", "frequency"],
+)
+def test_presence_and_frequency_penalties(history, values):
     rules = rules_of([Options(presence_penalty=p, frequency_penalty=f) for p, f in values])
     logits = logits_of(1)
     counts = np.stack([np.bincount(answer, minlength=W) for answer in ANSWERS])
@@ -386,7 +394,7 @@ def test_seeds():
 
     assert seeds(seed=5) == seeds(seed=5, default_seed=9) == seeds(default_seed=5) == 5
     assert len({seeds() for _ in range(5)}) > 1
-    large = [2**32 - 1, 2**32, 2**32 + 5, -5, 5, 2**63 - 1, -(2**63)]
+    large = [5, -5, 2**32 - 1, 2**32, 2**33, -(2**33), 2**32 + 5, 2**63 - 1, -(2**63)]
     assert len({seeds(seed=seed) for seed in large}) == len(large)
     assert seeds(seed=2**40) == seeds(seed=2**40)
 
@@ -405,6 +413,15 @@ def test_logprobs_are_those_of_the_untouched_logits():
     np.testing.assert_allclose(logprob[:2], expected[[0, 1], [8, 5]], rtol=1e-5)
     np.testing.assert_array_equal(top_tokens[0], ids[0])
     np.testing.assert_allclose(top_logprobs[0], values[0], rtol=1e-5)
+
+
+def test_one_most_likely_token_is_told():
+    logits = logits_of(12)
+    _, logprob, top_tokens, top_logprobs, _ = chosen(
+        logits, rules_of([Options(logprobs=1), *[Options()] * 5])
+    )
+    assert top_tokens[0, 0] == logits[0].argmax()
+    assert top_logprobs[0, 0] == logprob[0] < 0
 
 
 def test_logprobs_that_no_active_row_wants_are_left_out():

@@ -134,18 +134,20 @@ def test_end_tokens_come_when_the_answer_is_complete_and_then_nothing_else(facto
 
 
 def test_masks_have_a_word_for_32_logits_and_no_bit_behind_the_vocabulary(tokenizer):
-    factory = GuideFactory(tokenizer, VOCAB_SIZE + 3, ENDS)
+    factory = GuideFactory(tokenizer, VOCAB_SIZE + 64 + 3, ENDS)
     mask = factory.guide(schema({"type": "string"})).mask()
     assert mask.dtype == np.uint32
-    assert len(mask) == VOCAB_SIZE // 32 + 1
+    assert len(mask) == VOCAB_SIZE // 32 + 3
     assert unpacked(mask).max() < 128000  # No special token, no image token, no id without a text.
 
 
 def test_tokens_without_a_logit_have_no_bit(tokenizer):
-    size = 1000  # In the middle of a word, and of what a string may hold.
-    mask = GuideFactory(tokenizer, size, ENDS).guide(schema({"type": "string"})).mask()
+    size = 1000  # Not a multiple of 32.
+    guide = GuideFactory(tokenizer, size, ENDS).guide(schema({"type": "string"}))
+    guide.accept(tokenizer.encode('"')[0])
+    mask = guide.mask()
     assert len(mask) == 32
-    assert unpacked(mask).max() < size
+    assert unpacked(mask).max() == size - 1
 
 
 def test_guides_of_one_form_do_not_share_their_state(factory, tokenizer):

@@ -14,14 +14,17 @@ from mllama_jax.batch.options import EngineOptions
 from mllama_jax.batch.prepare import PreparedPicture
 from mllama_jax.batch.programs import (
     Chunk,
+    Logprobs,
     PromptChunk,
     Slots,
     decode,
     guide,
     prefill,
+    start,
     write_picture,
 )
-from mllama_jax.batch.rules import blank_rules
+from mllama_jax.batch.requests import SamplingOptions
+from mllama_jax.batch.rules import RowRules, blank_rules, make_row_rules
 from mllama_jax.batch.sampling import RowHistory
 from mllama_jax.batch.sequences import Sequence as Answering
 from mllama_jax.cache import MllamaCache
@@ -48,6 +51,11 @@ class Device:
     def __init__(
         self, model: Any, params: Params, options: EngineOptions, end_tokens: Collection[int]
     ):
+        vision = model.config.vision_config
+        if options.max_tiles < vision.max_num_tiles:
+            raise ValueError(
+                f"max_tiles={options.max_tiles}: a picture alone may have {vision.max_num_tiles}"
+            )
         # The generation configuration is none of the compiled programs' business.
         self._model = model.clone(generation_config=None)
         self._params = params
@@ -67,21 +75,53 @@ class Device:
         """Programs that were compiled."""
         return len(self._programs)
 
+    def warm_up(self) -> None:
+        """Compiles what requests will need, but for guided ones and prompts' log-probabilities.
+
+        What it leaves in the slots is covered by the requests that take them.
+        """
+        options = self._options
+        vision = self._model.config.vision_config
+        tile = (vision.num_channels, vision.image_size, vision.image_size)
+        nothing = np.zeros((vision.max_num_tiles, *tile), np.float32)
+        blank = PreparedPicture(b"", nothing, aspect_ratio_id=1, num_tiles=1)
+        for size in self._encoder_batches:
+            self._encode([blank], size)
+        self.write_pictures(0, [blank])
+        self._features.clear()
+
+        lengths = [(T, True) for T in options.prompt_lengths]
+        if options.max_length > options.prompt_lengths[-1]:
+            lengths.append((options.prompt_lengths[-1], False))
+        rules = make_row_rules(SamplingOptions(), self._vocab_size, default_seed=0)
+        for T, is_first in lengths:
+            ids = np.zeros(T, np.int32)
+            no_tiles = np.zeros((T, options.max_tiles), bool)
+            chunk = _prompt_chunk(ids, ids, no_tiles, slot=0, start=0)
+            for num_tiles in (0, *options.tile_counts):
+                logits, _ = self._prefill(chunk, num_tiles=num_tiles, is_first=is_first)
+        self._start(logits, 0, 1, rules)
+        for with_images in (False, True):
+            self._decode(np.ones(options.num_slots, bool), 1, with_images=with_images)
+
     def encode(self, pictures: Sequence[PreparedPicture]) -> None:
         """Runs the vision encoder over the pictures that it has not seen lately."""
         missing = {p.key: p for p in pictures if p.key not in self._features}
         self.pictures_encoded += len(missing)
         self.pictures_reused += len(pictures) - len(missing)
-        # Devices that hold different samples encode pictures of their own.
-        groups = num_parts("batch", 0, self._model.mesh)
-        sizes = [groups * size for size in self._options.pictures_at_once]
-        left = list(missing.values())
+        sizes, left = self._encoder_batches, list(missing.values())
         while left:
-            size = max((s for s in sizes if s <= len(left)), default=sizes[0])
+            size = max((size for size in sizes if size <= len(left)), default=sizes[0])
             now, left = left[:size], left[size:]
             self._encode(now, size)
         for picture in pictures:
             self._features.move_to_end(picture.key)
+
+    @property
+    def _encoder_batches(self) -> list[int]:
+        # Devices that hold different samples encode pictures of their own.
+        groups = num_parts("batch", 0, self._model.mesh)
+        return [groups * size for size in self._options.pictures_at_once]
 
     def _encode(self, pictures: list[PreparedPicture], size: int) -> None:
         self._programs.add(("encode", size))
@@ -115,43 +155,59 @@ class Device:
             )
             first_tile += picture.num_tiles
 
-    def prefill(self, slot: int, answer: Answering) -> Chunk:
+    def prefill(self, slot: int, answer: Answering) -> Chunk | None:
         """Reads the next chunk of an answer's prompt; with the last one comes the first token."""
-        prepared, start = answer.job.prepared, answer.position
+        prepared, first = answer.job.prepared, answer.position
         lengths = self._options.prompt_lengths
-        size = min(len(prepared.input_ids) - start, lengths[-1])
-        T = bucket(size, lengths) if start == 0 else lengths[-1]
-        end = start + size
-        ids = np.pad(prepared.input_ids[start:end], (0, T - size))
-        next_ids = np.pad(prepared.input_ids[start + 1 : end + 1], (0, T))[:T]
+        size = min(len(prepared.input_ids) - first, lengths[-1])
+        T = bucket(size, lengths) if first == 0 else lengths[-1]
+        end = first + size
         num_tiles = sum(picture.num_tiles for picture in prepared.pictures)
-        static = {
-            "num_tiles": bucket(num_tiles, self._options.tile_counts) if num_tiles else 0,
-            "is_first": start == 0,
-            "with_prompt_logprobs": answer.job.wants_prompt_logprobs and answer.index == 0,
-        }
-        self._programs.add(("prefill", T, *static.values()))
-        fields: dict[str, Any] = {
-            "input_ids": ids[None].astype(np.int32),
-            "next_ids": np.minimum(next_ids, self._vocab_size - 1)[None].astype(np.int32),
-            "tiles": self._tiles(prepared, start, T)[None],
-            "slot": np.int32(slot),
-            "start": np.int32(start),
-            "length": np.int32(size),
-            "limit": np.int32(answer.limit),
-            "is_last": np.bool_(end == len(prepared.input_ids)),
-        }
-        self._slots, first, prompt_logprobs = prefill(
-            self._model,
-            self._params,
-            self._slots,
-            *self._placed(PromptChunk(**fields), answer.rules),
-            self._is_eos,
-            **static,
+        with_logprobs = answer.job.wants_prompt_logprobs and answer.index == 0
+        logits, prompt_logprobs = self._prefill(
+            _prompt_chunk(
+                prepared.input_ids[first:end],
+                np.minimum(prepared.input_ids[first + 1 : end + 1], self._vocab_size - 1),
+                self._tiles(prepared, first, T),
+                slot=slot,
+                start=first,
+            ),
+            num_tiles=bucket(num_tiles, self._options.tile_counts) if num_tiles else 0,
+            is_first=first == 0,
+            with_prompt_logprobs=with_logprobs,
         )
         answer.position = end
         if prompt_logprobs is not None:
             answer.job.prompt_logprobs.append((prompt_logprobs, size))
+        if not answer.is_filled:
+            return None
+        return self._start(logits, slot, answer.limit, answer.rules)
+
+    def _prefill(
+        self,
+        chunk: PromptChunk,
+        *,
+        num_tiles: int,
+        is_first: bool,
+        with_prompt_logprobs: bool = False,
+    ) -> tuple[Array, Logprobs | None]:
+        sizes = (chunk.input_ids.shape[1], num_tiles, is_first, with_prompt_logprobs)
+        self._programs.add(("prefill", *sizes))
+        self._slots, logits, prompt_logprobs = prefill(
+            self._model,
+            self._params,
+            self._slots,
+            *self._placed(chunk),
+            num_tiles=num_tiles,
+            is_first=is_first,
+            with_prompt_logprobs=with_prompt_logprobs,
+        )
+        return logits, prompt_logprobs
+
+    def _start(self, logits: Array, slot: int, limit: int, rules: RowRules) -> Chunk:
+        self._programs.add(("start",))
+        numbers = self._placed(np.int32(slot), np.int32(limit), rules)
+        self._slots, first = start(self._model, self._slots, logits, *numbers, self._is_eos)
         return first
 
     def _tiles(self, prepared: Any, start: int, T: int) -> np.ndarray:
@@ -166,21 +222,26 @@ class Device:
 
     def decode(self, owners: Mapping[int, Answering], *, one_step: bool) -> Chunk:
         """New tokens of the slots that have an owner; all others are ended."""
-        options = self._options
         guides = {slot: a.guide for slot, a in owners.items() if a.guide is not None}
         if guides:
             self._guide(guides)
-        stopped = np.ones(options.num_slots, bool)
+        stopped = np.ones(self._options.num_slots, bool)
         stopped[list(owners)] = False
-        with_images = any(answer.job.prepared.pictures for answer in owners.values())
+        return self._decode(
+            stopped,
+            1 if one_step else self._options.decode_steps,
+            with_images=any(answer.job.prepared.pictures for answer in owners.values()),
+        )
+
+    def _decode(self, stopped: np.ndarray, limit: int, *, with_images: bool) -> Chunk:
         self._programs.add(("decode", with_images))
         self._slots, chunk = decode(
             self._model,
             self._params,
             self._slots,
             self._is_eos,
-            *self._placed(stopped, np.int32(1 if one_step else options.decode_steps)),
-            num_steps=options.decode_steps,
+            *self._placed(stopped, np.int32(limit)),
+            num_steps=self._options.decode_steps,
             with_images=with_images,
         )
         return chunk
@@ -197,6 +258,20 @@ class Device:
     def _placed(self, *values: Any) -> tuple[Any, ...]:
         """Small arrays of the host on all devices."""
         return jax.tree.map(lambda x: place(x, self._model.mesh), values)
+
+
+def _prompt_chunk(
+    ids: np.ndarray, next_ids: np.ndarray, tiles: np.ndarray, **numbers: int
+) -> PromptChunk:
+    """A chunk of as many tokens as ``tiles`` has rows; fewer are filled up."""
+    T = len(tiles)
+
+    def filled(ids: np.ndarray) -> Any:
+        return np.pad(ids, (0, T - len(ids)))[None].astype(np.int32)
+
+    fields: dict[str, Any] = {name: np.int32(number) for name, number in numbers.items()}
+    fields |= {"length": np.int32(len(ids)), "tiles": tiles[None]}
+    return PromptChunk(input_ids=filled(ids), next_ids=filled(next_ids), **fields)
 
 
 @jax.jit

@@ -116,7 +116,7 @@ class Engine:
         self._filling: deque[tuple[int, Sequence]] = deque()
         self._waiting: deque[Sequence] = deque()
         self._dispatched: deque[_Dispatch] = deque()
-        self._answers: deque[Answer] = deque()
+        self._answers: deque[Answer | Failure] = deque()
         self._stopping = False
         self._done = self._failed = self._tokens_in = self._tokens_out = 0
 
@@ -134,6 +134,10 @@ class Engine:
             pictures_reused=self._device.pictures_reused,
             programs=self._device.num_programs,
         )
+
+    def warm_up(self) -> None:
+        """Compiles, before the first request, what requests will need."""
+        self._device.warm_up()
 
     def stop(self) -> None:
         """Takes in no more requests; those that have a slot are finished."""
@@ -286,7 +290,7 @@ class Engine:
         for _ in range(len(self._filling)):
             slot, sequence = self._filling.popleft()
             chunk = self._device.prefill(slot, sequence)
-            if sequence.is_filled:
+            if chunk is not None:
                 self._tokens_in += sequence.position
                 self._dispatched.append(_Dispatch(((slot, sequence),), chunk))
             else:
@@ -324,7 +328,11 @@ class Engine:
                 if len(packed) > 1:
                     row = slot
                 *tokens, count, goes_on = packed[row].tolist()
-                self._push(sequence, tokens[:count], logprobs, row)
+                try:
+                    self._push(sequence, tokens[:count], logprobs, row)
+                except RequestError as error:
+                    self._fail(sequence.job, error)
+                    continue
                 sequence.is_done = sequence.is_done or not goes_on
                 if sequence.is_done:
                     self._finish(slot, sequence)
@@ -342,6 +350,17 @@ class Engine:
             if sequence.push(token, logprob):
                 sequence.is_done = True
                 return
+
+    def _fail(self, job: Job, error: RequestError) -> None:
+        """Gives up on all answers to a request."""
+        for slot, sequence in enumerate(self._occupied):
+            if sequence is not None and sequence.job is job:
+                sequence.is_done = True
+                self._occupied[slot] = None
+        self._filling = deque(item for item in self._filling if item[1].job is not job)
+        self._waiting = deque(sequence for sequence in self._waiting if sequence.job is not job)
+        self._failed += 1
+        self._answers.append(Failure(job.prepared.request.custom_id, error))
 
     def _finish(self, slot: int, sequence: Sequence) -> None:
         """Frees the slot; the request is answered when this was the last of its answers."""

@@ -1,6 +1,7 @@
 """What the engine runs on the devices: a fixed number of slots, filled and emptied one by one.
 
-pictures → `encode` → `write_picture` → `prefill`, chunk by chunk → `decode`, some tokens at a time
+pictures → `encode` → `write_picture` → `prefill`, chunk by chunk → `start` → `decode`, some tokens
+at a time
 
 Each slot holds one request. Its text and its pictures lie at the beginning of the slot's own
 cache, whatever its neighbours are doing. All programs take the slots and give them back; what a
@@ -21,7 +22,7 @@ from mllama_jax.batch.sampling import RowHistory, choose, is_end, with_prompt
 from mllama_jax.batch.windows import read_window, write_window
 from mllama_jax.cache import IMAGE_TOKENS_MULTIPLE, MllamaCache
 from mllama_jax.pretrained import Params
-from mllama_jax.shapes import Array, Bool, Float, Int
+from mllama_jax.shapes import Array, Bool, Float, Int, UInt
 from mllama_jax.sharding import constrain
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "decode",
     "guide",
     "prefill",
+    "start",
     "write_picture",
 ]
 
@@ -70,8 +72,6 @@ class PromptChunk:
         next_ids: (1, T) int32, the token behind each, whose log-probability may be asked for.
         tiles: (1, T, C) bool, the tiles that each token sees.
         slot, start, length: int32; the tokens stand at ``start``, a multiple of the largest T.
-        limit: int32, how many new tokens there may be.
-        is_last: bool, whether the prompt ends here; the first new token is then chosen.
     """
 
     input_ids: Int[Array, "1 T"]
@@ -80,8 +80,6 @@ class PromptChunk:
     slot: Int[Array, ""]
     start: Int[Array, ""]
     length: Int[Array, ""]
-    limit: Int[Array, ""]
-    is_last: Bool[Array, ""]
 
 
 @struct.dataclass
@@ -162,21 +160,20 @@ def prefill(
     params: Params,
     slots: Slots,
     chunk: PromptChunk,
-    rules: RowRules,
-    is_eos: Bool[Array, " W"],
     *,
     num_tiles: int,
     is_first: bool,
     with_prompt_logprobs: bool,
-) -> tuple[Slots, Chunk, Logprobs | None]:
-    """Reads a chunk of a prompt into a slot; at its end chooses the first new token.
+) -> tuple[Slots, Float[Array, "1 W"], Logprobs | None]:
+    """Reads a chunk of a prompt into a slot.
 
     Args:
-        rules: of the request, one row.
-        is_eos: the model's end tokens.
         num_tiles: so many of the slot's tiles are looked at; 0 if it has no pictures.
         is_first: nothing stands before the chunk.
         with_prompt_logprobs: also return the log-probabilities of ``next_ids``.
+
+    Returns:
+        The slots, the logits behind the chunk's last token, and the log-probabilities.
     """
     T = chunk.input_ids.shape[1]
     num_slots = T if is_first else slots.cache.max_length
@@ -198,33 +195,60 @@ def prefill(
     history = with_prompt(
         slots.history, chunk.slot, chunk.input_ids[0], is_prompt, chunk.start == 0
     )
-    token, *logprobs, own_history = choose(
-        constrain(logits[:, -1], model.mesh, None, None),
+    last_tiles = jax.lax.dynamic_index_in_dim(chunk.tiles[0], chunk.length - 1, keepdims=False)
+    slots = replace(
+        slots,
+        cache=_with_tokens(slots.cache, output.past_key_values, chunk, num_slots, model.mesh),
+        tiles=jax.lax.dynamic_update_index_in_dim(slots.tiles, last_tiles, chunk.slot, 0),
+        active=jax.lax.dynamic_update_index_in_dim(slots.active, False, chunk.slot, 0),
+        history=history,
+    )
+    return _small_parts_whole(slots, model.mesh), logits[:, -1], prompt_logprobs
+
+
+@partial(jax.jit, static_argnames="model", donate_argnames="slots")
+def start(
+    model: Any,
+    slots: Slots,
+    logits: Float[Array, "1 W"],
+    slot: Int[Array, ""],
+    limit: Int[Array, ""],
+    rules: RowRules,
+    is_eos: Bool[Array, " W"],
+) -> tuple[Slots, Chunk]:
+    """Chooses the first new token of a slot whose prompt has been read.
+
+    Args:
+        logits: of `prefill`.
+        limit: how many new tokens there may be.
+        rules: of the request, one row.
+        is_eos: the model's end tokens.
+    """
+    token, *logprobs, history = choose(
+        constrain(logits, model.mesh, None, None),
         rules,
-        jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, chunk.slot, 1), history),
+        jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1), slots.history),
         jnp.zeros(1, jnp.int32),
-        chunk.is_last[None],
+        jnp.ones(1, bool),
         is_eos,
     )
-    goes_on = ~is_end(token, rules, is_eos)[0] & (chunk.limit > 1)
+    goes_on = ~is_end(token, rules, is_eos)[0] & (limit > 1)
 
     def put(values: Array, value: Array) -> Array:
-        return jax.lax.dynamic_update_index_in_dim(values, value, chunk.slot, 0)
+        return jax.lax.dynamic_update_index_in_dim(values, value, slot, 0)
 
-    last_tiles = jax.lax.dynamic_index_in_dim(chunk.tiles[0], chunk.length - 1, keepdims=False)
-    slots = Slots(
-        cache=_with_tokens(slots.cache, output.past_key_values, chunk, num_slots, model.mesh),
-        tiles=put(slots.tiles, last_tiles),
+    slots = replace(
+        slots,
         last=put(slots.last, token[0]),
         step=put(slots.step, jnp.int32(1)),
-        limit=put(slots.limit, chunk.limit),
-        active=put(slots.active, chunk.is_last & goes_on),
-        rules=with_row(slots.rules, chunk.slot, rules),
-        history=jax.tree.map(lambda all, row: put(all, row[0]), history, own_history),
+        limit=put(slots.limit, limit),
+        active=put(slots.active, goes_on),
+        rules=with_row(slots.rules, slot, rules),
+        history=jax.tree.map(lambda all, row: put(all, row[0]), slots.history, history),
     )
     packed = jnp.stack([token[0], jnp.int32(1), goes_on.astype(jnp.int32)])[None]
     first = Chunk(packed, Logprobs(*(x[:, None] for x in logprobs)))
-    return _small_parts_whole(slots, model.mesh), first, prompt_logprobs
+    return _small_parts_whole(slots, model.mesh), first
 
 
 @partial(jax.jit, static_argnames=("model", "num_steps", "with_images"), donate_argnames="slots")
@@ -313,7 +337,7 @@ def decode(
 
 
 @partial(jax.jit, donate_argnames="slots")
-def guide(slots: Slots, masks: Int[Array, "B words"], rows: Bool[Array, " B"]) -> Slots:
+def guide(slots: Slots, masks: UInt[Array, "B words"], rows: Bool[Array, " B"]) -> Slots:
     """Replaces what may be chosen next in the slots that ``rows`` names."""
     return replace(slots, rules=with_guide_masks(slots.rules, masks, rows))
 

@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import UInt
 
 from mllama_jax.batch.requests import RequestError, SamplingOptions
 from mllama_jax.generation.sampling import GREEDY, NO_MIN_P, NO_TOP_K, NO_TOP_P, SamplingParams
 from mllama_jax.processing.tokenizer import MllamaTokenizer
-from mllama_jax.shapes import Array, Bool, Float, Int
+from mllama_jax.shapes import Array, Bool, Float, Int, UInt
 
 __all__ = [
     "BAD_WORDS",

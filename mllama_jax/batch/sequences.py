@@ -119,7 +119,7 @@ class Sequence:
         self._tokens.append(token)
         if logprob is not None:
             self._logprobs.append(logprob)
-        if self.guide is not None:
+        if self.guide is not None and not self._is_end(token):
             self.guide.accept(token)
         if self._stream is None:
             return False

@@ -1,0 +1,186 @@
+"""The engine on the example model: what requests get, whoever their neighbours are."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import jax
+import pytest
+from asking import (
+    GREEDY,
+    LOADED,
+    PROCESSOR,
+    answers,
+    ask,
+    make_engine,
+    mixed,
+    tokens,
+    whole_messages,
+)
+
+from mllama_jax.batch.answers import Answer, Failure
+from mllama_jax.batch.requests import SamplingOptions
+
+
+@pytest.fixture
+def compiled() -> Iterator[list[str]]:
+    """The programs that were compiled during the test."""
+    names: list[str] = []
+
+    def listen(event: str, _: float, **__: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_nothing_is_compiled_after_the_warm_up(compiled: list[str]):
+    engine = make_engine()
+    engine.warm_up()
+    programs = engine.stats.programs
+    # Two lengths of prompts and further chunks, and decoding, each with and without pictures; the
+    # encoder, its result's way into a slot, and the first token.
+    assert programs == 2 * (2 + 1 + 1) + 1 + 1 + 1
+    answers(engine, mixed(4, seed=1))
+    compiled.clear()
+    answers(engine, mixed(20, seed=2) + mixed(6, seed=3, temperature=0.7, n=2, logprobs=3))
+    assert compiled == []
+    assert engine.stats.programs == programs
+
+
+def test_sampled_text_depends_on_the_seed_alone():
+    requests = [
+        replace(r, options=replace(r.options, temperature=1.5, seed=i % 3, max_tokens=10))
+        for i, r in enumerate(mixed(6, seed=4))
+    ]
+    first = answers(make_engine(), requests)
+    second = answers(make_engine(num_slots=2, decode_steps=7), requests[::-1])
+    for name, answer in first.items():
+        assert tokens(answer) == tokens(second[name])
+    other = [replace(r, options=replace(r.options, seed=99)) for r in requests]
+    changed = answers(make_engine(), other)
+    assert any(tokens(answer) != tokens(first[name]) for name, answer in changed.items())
+    # The draws are those of `generate`.
+    request = requests[0]
+    inputs = PROCESSOR.apply_chat_template(
+        whole_messages(request),
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="np",
+    )
+    model, params = LOADED
+    sampling = {"do_sample": True, "temperature": 1.5, "top_k": 0, "max_new_tokens": 10}
+    drawn = model.generate(params, **inputs, **sampling, seed=request.options.seed)
+    assert tokens(first[request.custom_id]) == tuple(drawn.new_tokens[0].tolist())
+
+
+def test_pictures_are_encoded_once():
+    engine = make_engine()
+    requests = [ask(str(i), "Which digit is this?", i % 3, (i + 1) % 3) for i in range(9)]
+    answers(engine, requests)
+    assert (engine.stats.pictures_encoded, engine.stats.pictures_reused) == (3, 15)
+    answers(engine, requests)
+    assert engine.stats.pictures_encoded == 3
+
+
+def test_requests_that_do_not_fit_fail_alone():
+    fits = ask("fits", "Which digit is this?", 0)
+    missing = {"role": "user", "content": [{"type": "image", "image": "no.png"}]}
+    requests = [
+        ask("tiles", "Which?", *range(9)),
+        fits,
+        ask("prompt", "Which digit is this? " * 60),
+        ask("answer", "Which digit is this?", max_tokens=90),
+        replace(fits, custom_id="stop", options=replace(GREEDY, stop_token_ids=(10**6,))),
+        replace(fits, custom_id="missing", messages=(missing,)),
+    ]
+    engine = make_engine()
+    found = answers(engine, requests)
+    assert {name for name, result in found.items() if isinstance(result, Answer)} == {"fits"}
+    errors = {name: str(result.error) for name, result in found.items() if name != "fits"}
+    assert "tiles together, more than the 8 that a slot holds" in errors["tiles"]
+    assert "96" in errors["prompt"]
+    assert "max_tokens=90: together more than the 96" in errors["answer"]
+    assert "stop_token_ids" in errors["stop"]
+    assert "no.png" in errors["missing"]
+    assert (engine.stats.done, engine.stats.failed) == (1, 5)
+
+
+def test_stopping():
+    """An end token, a stop token, a stop string, a limit, and what goes on behind the end."""
+    base = ask("base", "Which digit is this?", 2, max_tokens=20)
+    engine = make_engine()
+    [choice] = answers(engine, [base])["base"].choices
+    assert choice.finish_reason == "stop"
+    assert choice.stop_reason is None
+    *words, end = choice.token_ids
+    decode = PROCESSOR.tokenizer.decode
+    assert choice.text == decode(words, skip_special_tokens=True)
+    last = decode(words[-1:]).strip()
+
+    def changed(**options: Any) -> Any:
+        request = replace(base, options=replace(base.options, **options))
+        [choice] = answers(engine, [request])["base"].choices
+        return choice
+
+    stopped = changed(stop_token_ids=(words[0],))
+    assert (stopped.token_ids, stopped.text) == ((words[0],), "")
+    assert (stopped.finish_reason, stopped.stop_reason) == ("stop", words[0])
+    stopped = changed(stop=("nothing", last))
+    assert (stopped.finish_reason, stopped.stop_reason) == ("stop", last)
+    assert stopped.text == choice.text[: choice.text.index(last)]
+    assert stopped.token_ids == tuple(words)
+    kept = changed(stop=(last,), include_stop_str_in_output=True)
+    assert kept.text == choice.text[: choice.text.index(last) + len(last)]
+    assert changed(max_tokens=1).token_ids == (words[0],)
+    assert changed(max_tokens=1).finish_reason == "length"
+    longer = changed(ignore_eos=True, max_tokens=9)
+    assert longer.token_ids[: len(words) + 1] == (*words, end)
+    assert (len(longer.token_ids), longer.finish_reason) == (9, "length")
+    assert len(changed(min_tokens=7, max_tokens=9).token_ids) >= 7
+
+
+def test_several_answers_and_log_probabilities():
+    sampled = ask("n", "Which digit is this?", 1, n=4, temperature=9.0, seed=3, logprobs=2)
+    echo = SamplingOptions(max_tokens=0, echo=True, logprobs=0)
+    prompt = tuple(range(5, 45))  # read in two chunks
+    echoed = replace(
+        sampled, custom_id="echo", kind="completion", messages=None, prompt=prompt, options=echo
+    )
+    found = answers(make_engine(), [sampled, echoed])
+
+    choices = found["n"].choices
+    assert [choice.index for choice in choices] == [0, 1, 2, 3]
+    assert len({choice.token_ids for choice in choices}) > 1
+    for choice in choices:
+        assert [entry.token_id for entry in choice.logprobs] == list(choice.token_ids)
+        for entry in choice.logprobs:
+            assert len(entry.top) == 2
+            assert entry.top[0][1] >= entry.top[1][1]
+            assert entry.logprob <= entry.top[0][1]
+
+    model, params = LOADED
+    ids = found["echo"].prepared.input_ids
+    output: Any = model.apply({"params": params}, input_ids=ids[None])
+    expected = jax.nn.log_softmax(output.logits[0])
+    assert found["echo"].choices[0].token_ids == ()
+    first, *rest = found["echo"].prompt_logprobs
+    assert first is None
+    assert len(rest) == len(ids) - 1 >= 39
+    for place, entry in enumerate(rest):
+        assert entry.token_id == ids[place + 1]
+        assert entry.logprob == pytest.approx(float(expected[place, entry.token_id]), abs=2e-4)
+
+
+def test_it_stops_when_told():
+    engine = make_engine()
+    results = []
+    for result in engine.run(iter(mixed(20, seed=5))):
+        results.append(result)
+        engine.stop()
+    assert 1 <= len(results) < 20
+    assert not any(isinstance(result, Failure) for result in results)
+    assert engine.stats.slots_busy == 0
