@@ -53,7 +53,7 @@ class Leaf:
         Raises:
             CheckpointError: float16 can't hold a value; as the tensors' `read`.
         """
-        results = [_aligned(extent(region), self.dtype) for region in regions]
+        results = [aligned(extent(region), self.dtype) for region in regions]
         aims = list(zip(regions, results, strict=True))
         jobs = [
             (name, view, block, inner)
@@ -97,15 +97,23 @@ def widest(dtypes: Iterable[np.dtype]) -> np.dtype:
 
 def _read_block(job: tuple[str, Regrouped, Region, Sequence[Aim]]) -> None:
     name, view, block, aims = job
-    values = view.read(block)
+    copy_common(view.read(block), block, aims, name)
+
+
+def copy_common(values: np.ndarray, place: Region, aims: Sequence[Aim], name: str) -> None:
+    """Copies to each aim what it has in common with the values of a region, cast.
+
+    Raises:
+        CheckpointError: as `copy_cast`.
+    """
     for region, result in aims:
         common = tuple(
             slice(max(one.start, other.start), min(one.stop, other.stop))
-            for one, other in zip(block, region, strict=True)
+            for one, other in zip(place, region, strict=True)
         )
         if all(axis.start < axis.stop for axis in common):
             target = result[_relative(common, region)]
-            copy_cast(target, values[_relative(common, block)], name)
+            copy_cast(target, values[_relative(common, place)], name)
 
 
 def _of_entry(aims: Sequence[Aim], entry: int) -> list[Aim]:
@@ -150,7 +158,7 @@ def _relative(inner: Region, outer: Region) -> tuple[slice | EllipsisType, ...]:
     return (*axes, ...)
 
 
-def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+def aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     """`np.empty`, at an address that a CPU device takes as it is."""
     num_bytes = math.prod(shape) * dtype.itemsize
     memory = np.empty(num_bytes + _ALIGNMENT, np.uint8)

@@ -11,8 +11,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from mllama_jax.execution import Execution
+from mllama_jax.quantisation import Quantisation, product, scale_shape
 from mllama_jax.shapes import Array
 from mllama_jax.sharding import constrain
 
@@ -37,8 +39,8 @@ class Projection(nn.DenseGeneral):
     Weights are cast before they are gathered, so that devices exchange the computation's dtype;
     the gradient of a weight is reduced onto the devices that hold its parts.
 
-    A low-rank adapter, if there is one for this map, is added: variables "a" (input axes, rank)
-    and "b" (rank, output axes) of the collection "lora"; b holds the adapter's scale.
+    A low-rank adapter, if there is one for this map, is added: parameters "a" (input axes, rank)
+    and "b" (rank, output axes) beside the kernel; b holds the adapter's scale.
 
     Attributes:
       weight_axes: logical names of the kernel's axes.
@@ -50,20 +52,78 @@ class Projection(nn.DenseGeneral):
 
     def param(self, name: str, *args: Any, **kwargs: Any) -> Any:
         value = super().param(name, *args, **kwargs)
-        if self.is_initializing() or self.mesh is None:
+        if self.is_initializing():
+            return value
+        if jnp.issubdtype(value.dtype, jnp.integer):
+            raise ValueError(
+                f"{'/'.join(self.path)}/{name} is {value.dtype}: these parameters are quantised "
+                f"and the model is not; load both with quantise={str(value.dtype)!r}"
+            )
+        if self.mesh is None:
             return value
         axes = self.weight_axes if name == "kernel" else self.weight_axes[-value.ndim :]
         return constrain(value.astype(self.dtype), self.mesh, *axes)
 
     def __call__(self, inputs: Array) -> Array:
-        result = super().__call__(inputs)
-        if not self.has_variable("lora", "a"):
-            return result
-        a: Array = self.get_variable("lora", "a").astype(self.dtype)
-        b: Array = self.get_variable("lora", "b").astype(self.dtype)
         contracted = len(self.axis) if isinstance(self.axis, tuple) else 1
-        low_rank = jnp.tensordot(inputs.astype(self.dtype), a, contracted)
-        return result + jnp.tensordot(low_rank, b, 1).astype(result.dtype)
+        return _adapted(self, super().__call__(inputs), inputs, contracted)
+
+
+class QuantisedProjection(nn.Module):
+    """A linear map without bias, of weights as `mllama_jax.quantisation` stores them.
+
+    Adapters are added as `Projection` adds them.
+
+    Attributes:
+      features: lengths of the output axes.
+      contract: so many last axes of the input are mapped.
+      kind: of quantisation.
+      weight_axes: logical names of the kernel's axes.
+      dtype: of the computation.
+      mesh: as in `mllama_jax.execution.Execution`.
+    """
+
+    features: tuple[int, ...]
+    contract: int
+    kind: Quantisation
+    weight_axes: tuple[str, ...]
+    dtype: DTypeLike
+    mesh: Mesh | None
+
+    @nn.compact
+    def __call__(self, inputs: Array) -> Array:
+        shape = inputs.shape[-self.contract :]
+        try:
+            scales = scale_shape(self.kind, shape, self.features)
+        except ValueError as error:
+            raise ValueError(f"{'/'.join(self.path)}/kernel: {error}") from None
+        kernel = self._weights("kernel", self.weight_axes, (*shape, *self.features), self.kind)
+        axes = self.weight_axes[-len(self.features) :]
+        if len(scales) > len(axes):
+            *outer, innermost = self.weight_axes[: self.contract]
+            axes = (*outer, f"{innermost}_groups", *axes)
+        scale = self._weights("scale", axes, scales, jnp.float32)
+        result = product(inputs, kernel, scale, self.contract, self.dtype)
+        return _adapted(self, result, inputs, self.contract)
+
+    def _weights(
+        self, name: str, axes: Sequence[str], shape: tuple[int, ...], dtype: DTypeLike
+    ) -> Array:
+        zeros = logical(jax.nn.initializers.zeros, *axes)
+        value: Array = self.param(name, zeros, shape, dtype)
+        return value if self.is_initializing() else constrain(value, self.mesh, *axes)
+
+
+def _adapted(
+    module: Projection | QuantisedProjection, result: Array, inputs: Array, contracted: int
+) -> Array:
+    """A projection's result with that of its low-rank adapter, if there is one."""
+    if not module.has_variable("params", "a"):
+        return result
+    a: Array = module.get_variable("params", "a").astype(module.dtype)
+    b: Array = module.get_variable("params", "b").astype(module.dtype)
+    low_rank = jnp.tensordot(inputs.astype(module.dtype), a, contracted)
+    return result + jnp.tensordot(low_rank, b, 1).astype(result.dtype)
 
 
 def projection(
@@ -76,8 +136,20 @@ def projection(
     contract: int = 1,
     use_bias: bool = False,
     dot_general: Callable[..., Array] | None = None,
-) -> Projection:
+) -> Projection | QuantisedProjection:
     """A linear map of the last ``contract`` axes to ``features``; ``axes`` are the kernel's."""
+    if execution.quantise is not None:
+        if use_bias or dot_general is not None:
+            raise ValueError(f"{name}: no bias and no product of its own can be quantised")
+        return QuantisedProjection(
+            (features,) if isinstance(features, int) else tuple(features),
+            contract,
+            execution.quantise,
+            tuple(axes),
+            execution.dtype,
+            execution.mesh,
+            name=name,
+        )
     return Projection(
         features,
         axis=tuple(range(-contract, 0)),
@@ -168,7 +240,7 @@ def scan_layers(step: Callable[..., Any], length: int) -> Any:
     """A module class whose layers are stacked: ``step`` takes (carry, own item, shared value)."""
     return nn.scan(
         step,  # type: ignore[arg-type]
-        variable_axes={"params": 0, "lora": 0},
+        variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=(0, nn.broadcast),
         length=length,

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from mllama_jax.attention import AttentionKind
 from mllama_jax.configs import MllamaConfig, MllamaTextConfig, MllamaVisionConfig
 from mllama_jax.execution import Execution, RematPolicy
+from mllama_jax.quantisation import Quantisation, check_quantisation
 from mllama_jax.shapes import Array
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class PretrainedModule(nn.Module):
     remat: RematPolicy = "none"
     mesh: jax.sharding.Mesh | None = None
     images_at_once: int | None = None
+    quantise: Quantisation | None = None
 
     component: ClassVar["Component"]
     """The part of a full checkpoint that this class holds."""
@@ -53,6 +55,7 @@ class PretrainedModule(nn.Module):
     def __post_init__(self) -> None:
         # Named here, so that a wrong name is an error where it was given.
         _ = self.execution
+        check_quantisation(self.quantise)
         super().__post_init__()
 
     @property
@@ -71,6 +74,7 @@ class PretrainedModule(nn.Module):
             "remat": self.remat,
             "mesh": self.mesh,
             "images_at_once": self.images_at_once,
+            "quantise": self.quantise,
         }
 
     @nn.nowrap
@@ -80,7 +84,20 @@ class PretrainedModule(nn.Module):
 
     @nn.nowrap
     def init_params(self, key: jax.Array) -> Params:
-        """Randomly initialised parameters, in ``param_dtype``."""
+        """Randomly initialised parameters, in ``param_dtype``.
+
+        Raises:
+          ValueError: the model is quantised.
+        """
+        if self.quantise is not None:
+            raise ValueError(
+                f"quantise={self.quantise!r}: quantised parameters are only loaded, with "
+                "from_pretrained"
+            )
+        return self._init_params(key)
+
+    @nn.nowrap
+    def _init_params(self, key: jax.Array) -> Params:
         inputs: Any = self.dummy_inputs()
 
         # Compiled, because only the random numbers are then computed, not the model's output.
@@ -93,7 +110,7 @@ class PretrainedModule(nn.Module):
     @nn.nowrap
     def param_shapes(self) -> Params:
         """Shapes and dtypes of the parameters (`jax.ShapeDtypeStruct`), without making any."""
-        return jax.eval_shape(self.init_params, jax.random.key(0))
+        return jax.eval_shape(self._init_params, jax.random.key(0))
 
     @classmethod
     def from_pretrained(
@@ -106,6 +123,7 @@ class PretrainedModule(nn.Module):
         hf_masked_rows: bool = False,
         attention: AttentionKind = "xla",
         remat: RematPolicy = "none",
+        quantise: Quantisation | None = None,
         revision: str | None = None,
     ) -> tuple[Self, Params]:
         """Loads a checkpoint; a part's class takes its own part out of a full one.
@@ -126,6 +144,9 @@ class PretrainedModule(nn.Module):
             holds all parameters), ``fsdp`` (splits every matrix on its hidden size) and ``tensor``
             (splits heads, feed-forward width and vocabulary).
           hf_masked_rows, attention, remat: see the class.
+          quantise: ``"int8"`` or ``"int4"`` stores the decoder layers' kernels so, and computes
+            with what they stand for (`mllama_jax.quantisation`); all other parameters stay as they
+            are. They are the same on every mesh.
           revision: of a hub id.
 
         Returns:
@@ -135,7 +156,7 @@ class PretrainedModule(nn.Module):
           FileNotFoundError: the folder or a file of it does not exist.
           ValueError: the configuration is unusable; tensors are missing, unexpected or misshaped
             (all of them are named); the mesh has other axes, or sizes that do not divide the
-            parameters (named too).
+            parameters (named too); weights that can't be quantised.
         """
         from mllama_jax.convert.load import load_pretrained
 
@@ -148,6 +169,7 @@ class PretrainedModule(nn.Module):
             hf_masked_rows=hf_masked_rows,
             attention=attention,
             remat=remat,
+            quantise=quantise,
             revision=revision,
         )
 
@@ -164,8 +186,13 @@ class PretrainedModule(nn.Module):
 
         Raises:
           ValueError: these are not this model's parameters (all differences are named), or other
-            processes' devices hold a part of them.
+            processes' devices hold a part of them; they are quantised.
         """
+        if self.quantise is not None:
+            raise ValueError(
+                f"quantise={self.quantise!r}: quantised parameters are not saved; save the "
+                "unquantised ones, and give quantise when they are loaded"
+            )
         from mllama_jax.convert.save import save_params
 
         save_params(
