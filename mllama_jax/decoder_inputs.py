@@ -47,6 +47,34 @@ def check_cache(cache: MllamaCache, batch_size: int, length: int, start: Array) 
         )
 
 
+def check_segments(*, hf_masked_rows: bool, **excluded: bool) -> None:
+    """Raises ValueError if packed texts are given along with what has no meaning for them.
+
+    Args:
+      hf_masked_rows: the module's.
+      **excluded: arguments of the call, and whether they are given.
+    """
+    given = [name for name, is_given in excluded.items() if is_given]
+    if given:
+        raise ValueError(
+            f"segment_ids and {', '.join(given)} exclude each other: packed texts are read whole, "
+            "and segment 0 is padding"
+        )
+    if hf_masked_rows:
+        raise ValueError(
+            "segment_ids needs hf_masked_rows=False: with True, a token that may attend to no "
+            "image attends to all images of its row, here those of other texts"
+        )
+
+
+def segment_positions(segment_ids_BT: Array) -> Array:
+    """The place of each token in its own text, (B, T) int32."""
+    places = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
+    before = jnp.pad(segment_ids_BT[:, :-1], ((0, 0), (1, 0)))
+    starts = jnp.where(segment_ids_BT != before, places, 0)
+    return places - jax.lax.cummax(starts, axis=1)
+
+
 def features_of_samples(states: Array, batch_size: int, config: MllamaTextConfig) -> Array:
     """(B, V, D) image features from these, or from Hugging Face's (B*M*L, P, D)."""
     if states.ndim < 3 or states.shape[0] % batch_size or states.shape[-1] != config.hidden_size:

@@ -1,4 +1,4 @@
-"""How a model is computed: what changes speed and memory, but not what comes out."""
+"""How a model is computed: what changes speed and memory, and of what comes out the precision."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from mllama_jax.attention import ATTENTION_RESULT, AttentionKind, check_attention_kind
+from mllama_jax.quantisation import Quantisation, check_quantisation
 from mllama_jax.sharding import check_mesh
 
 RematPolicy = Literal["none", "dots", "attention", "full"]
@@ -40,6 +41,7 @@ class Execution:
       attention: a kind of `mllama_jax.attention`.
       remat: one of `REMAT_POLICIES`.
       mesh: devices that activations are split over; None leaves it to where the arguments are.
+      quantise: how the weights of projections are stored; only the decoder's layers are told one.
 
     Raises:
       ValueError: a name or the mesh's axes are unknown.
@@ -50,9 +52,11 @@ class Execution:
     attention: AttentionKind = "xla"
     remat: RematPolicy = "none"
     mesh: Mesh | None = None
+    quantise: Quantisation | None = None
 
     def __post_init__(self) -> None:
         check_attention_kind(self.attention)
+        check_quantisation(self.quantise)
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat={self.remat!r}: expected one of {', '.join(REMAT_POLICIES)}")
         if self.mesh is not None:

@@ -10,7 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from mllama_jax.shapes import Array, Bool, Int
+from mllama_jax.shapes import Array, Bool, Float, Int
 
 MAX_TILES_IN_A_CODE = 32
 
@@ -25,6 +25,10 @@ class Mask(Protocol):
 
     def sees_a_key(self) -> Bool[Array, "#B T"]:
         """Which queries may attend to anything at all."""
+        ...
+
+    def bias(self) -> Float[Array, "B S"] | None:
+        """What is added to all scores of a key, float32; None adds nothing."""
         ...
 
 
@@ -120,6 +124,9 @@ class CausalMask:
         # One reduction; the compiler does not store what it reduces.
         return self.rows(0, self.query_slots.shape[-1]).any(-1)
 
+    def bias(self) -> None:
+        return None
+
     def codes(self) -> Int[Array, "#B T"]:
         """For `rule`, which leaves out padding and segments."""
         return jnp.atleast_2d(self.query_slots).astype(jnp.int32)
@@ -145,6 +152,9 @@ class TileMask:
 
     def sees_a_key(self) -> Bool[Array, "B T"]:
         return self.tiles_BTL.any(-1)
+
+    def bias(self) -> None:
+        return None
 
     def codes(self) -> Int[Array, "B T"]:
         """For `rule`.
@@ -173,9 +183,14 @@ class PaddingPairMask:
 
     Real tokens do attend to padding, and padding to real tokens.
     Source: llama-models 0.3.0, multimodal/encoder_utils.py: build_encoder_attention_mask.
+
+    Attributes:
+      padding_BE: True for padding.
+      counts_BE: how many keys just like it each key stands for, float32, at least 1; None: itself.
     """
 
     padding_BE: Bool[Array, "B E"]
+    counts_BE: Float[Array, "B E"] | None = None
 
     def rows(self, start: int | Array, size: int) -> Bool[Array, "B size E"]:
         queries = jax.lax.dynamic_slice_in_dim(self.padding_BE, start, size, axis=1)
@@ -183,3 +198,7 @@ class PaddingPairMask:
 
     def sees_a_key(self) -> Bool[Array, "B E"]:
         return ~(self.padding_BE & self.padding_BE.all(1, keepdims=True))
+
+    def bias(self) -> Float[Array, "B E"] | None:
+        # exp(score + log(n)) is n times exp(score).
+        return None if self.counts_BE is None else jnp.log(self.counts_BE)

@@ -14,6 +14,7 @@ from mllama_jax.outputs import CausalLMOutputWithPast
 from mllama_jax.shapes import Array, Float, Int
 from mllama_jax.sharding import constrain, num_parts
 from mllama_jax.text import GenerativeModule, MllamaForCausalLM
+from mllama_jax.tiles import with_all_tiles
 from mllama_jax.vision import MllamaVisionModel, dummy_images
 
 
@@ -52,10 +53,12 @@ class MllamaForConditionalGeneration(GenerativeModule):
         pixel_values: Float[Array, "B M L C height width"],
         aspect_ratio_ids: Int[Array, "B M"],
         aspect_ratio_mask: Int[Array, "B M L"] | None = None,
+        num_tiles: int | None = None,
     ) -> Float[Array, "B V D"]:
         """Image features as the decoder attends to them, (B, M*L*P, D): ``cross_attention_states``.
 
-        The arguments are `MllamaVisionModel.__call__`'s.
+        The arguments are `MllamaVisionModel.__call__`'s. Whatever ``num_tiles`` says, there are
+        features of all tiles.
         """
         B, M = pixel_values.shape[:2]
         inputs: list[Array] = [pixel_values, aspect_ratio_ids]
@@ -64,19 +67,22 @@ class MllamaForConditionalGeneration(GenerativeModule):
         shards = num_parts("batch", B, self.mesh)
         a_device = B * M // shards
         if self.images_at_once is None or a_device <= self.images_at_once:
-            features = self._encode(inputs)
+            features = self._encode(inputs, num_tiles)
         else:
-            features = self._encode_in_turns(inputs, shards, a_device)
+            features = self._encode_in_turns(inputs, shards, a_device, num_tiles)
         return rearrange(features, "(B M) L P D -> B (M L P) D", B=B)
 
-    def _encode(self, inputs: Sequence[Array]) -> Array:
+    def _encode(self, inputs: Sequence[Array], num_tiles: int | None) -> Array:
         """Projected features (B * M, L, P, D)."""
         encode: Any = self.vision_model
-        features = encode(*inputs)
+        features = encode(*inputs, num_tiles=num_tiles)
         projected = self.multi_modal_projector(features.last_hidden_state)
-        return rearrange(projected, "B M L P D -> (B M) L P D")
+        projected = rearrange(projected, "B M L P D -> (B M) L P D")
+        return with_all_tiles(projected, self.full_config.vision_config.max_num_tiles)
 
-    def _encode_in_turns(self, inputs: Sequence[Array], shards: int, a_device: int) -> Array:
+    def _encode_in_turns(
+        self, inputs: Sequence[Array], shards: int, a_device: int, num_tiles: int | None
+    ) -> Array:
         """``images_at_once`` pictures of every device's own at a time."""
         assert self.images_at_once is not None
         turns = -(-a_device // self.images_at_once)
@@ -90,12 +96,10 @@ class MllamaForConditionalGeneration(GenerativeModule):
             return constrain(x, self.mesh, None, "batch", *[None] * (x.ndim - 2))
 
         def encode(model: MllamaForConditionalGeneration, _: None, turn: Any) -> tuple[None, Array]:
-            return None, model._encode(turn)
+            return None, model._encode(turn, num_tiles)
 
         encode = encode if self.remat == "none" else nn.remat(encode, prevent_cse=False)
-        scanned = nn.scan(
-            encode, variable_broadcast=("params", "lora"), split_rngs={"params": False}
-        )
+        scanned = nn.scan(encode, variable_broadcast="params", split_rngs={"params": False})
         _, features = scanned(self, None, [in_turns(jnp.asarray(x)) for x in inputs])
         features = rearrange(features, "t (s i) ... -> s (t i) ...", s=shards)[:, :a_device]
         features = features.reshape(-1, *features.shape[2:])
@@ -120,6 +124,7 @@ class MllamaForConditionalGeneration(GenerativeModule):
         return_dict: bool | None = None,
         cache_position: Int[Array, "T"] | None = None,
         num_logits_to_keep: int | Int[Array, "kept"] = 0,
+        segment_ids: Int[Array, "B T"] | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Reads pictures and text, predicts the next token of each text token.
 
@@ -129,7 +134,7 @@ class MllamaForConditionalGeneration(GenerativeModule):
         Args:
           input_ids, attention_mask, cross_attention_mask, cross_attention_states, position_ids,
             past_key_values, inputs_embeds, labels, use_cache, output_attentions,
-            output_hidden_states, return_dict, cache_position, num_logits_to_keep: see
+            output_hidden_states, return_dict, cache_position, num_logits_to_keep, segment_ids: see
             `MllamaForCausalLM.__call__` and `MllamaTextModel.__call__`.
           pixel_values, aspect_ratio_ids, aspect_ratio_mask: see `MllamaVisionModel.__call__`.
 
@@ -164,6 +169,7 @@ class MllamaForConditionalGeneration(GenerativeModule):
             return_dict=return_dict,
             cache_position=cache_position,
             num_logits_to_keep=num_logits_to_keep,
+            segment_ids=segment_ids,
         )
 
     def loss(

@@ -44,6 +44,9 @@ SPLIT_OVER: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
+    "embed_groups": ("fsdp",),  # of inputs that share a scale (mllama_jax.quantisation)
+    "mlp_groups": ("tensor",),
+    "head_dim_groups": (),
     "norm": (),
     "vision_output": ("tensor",),
     "vision_embed": ("fsdp",),
@@ -59,9 +62,13 @@ SPLIT_OVER: dict[str, tuple[str, ...]] = {
 REPLICATED_IF_FEWER = ("kv_heads", "vision_heads")
 """Axes that are kept whole on a mesh axis that is a multiple of them: fewer heads than devices."""
 
-SPLIT_AS_FAR_AS_DIVISIBLE = ("batch", "sampled", "gathered_batch", "vocab", "embedding_rows")
+SPLIT_AS_FAR_AS_DIVISIBLE = (
+    *("batch", "sampled", "gathered_batch", "vocab", "embedding_rows"),
+    *("embed_groups", "mlp_groups"),
+)
 """Axes that are split over the first of their mesh axes only, or not at all, where more would not
-divide them: a small batch; the 128264 rows of the released models' embedding over 16 devices."""
+divide them: a small batch; the 128264 rows of the released models' embedding over 16 devices; the
+few groups of a dimension."""
 
 
 def param_axes(model: "PretrainedModule") -> dict[str, Any]:

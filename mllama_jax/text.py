@@ -23,8 +23,10 @@ from mllama_jax.decoder_inputs import (
     batch_and_length,
     check_cache,
     check_room_for_images,
+    check_segments,
     check_shape,
     features_of_samples,
+    segment_positions,
     tile_mask,
     valid_slots,
 )
@@ -128,8 +130,9 @@ class MllamaTextModel(DecoderModule):
         self, x_BTD: Array, inputs: DecoderInputs, **flags: bool
     ) -> tuple[Array, UnitOutputs]:
         config = self.text_config
+        execution = dataclasses.replace(self.execution, quantise=self.quantise)
         scanned = scan_layers(DecoderUnit, config.num_units)
-        return scanned(config, self.execution, self.hf_masked_rows, name="layers", **flags)(
+        return scanned(config, execution, self.hf_masked_rows, name="layers", **flags)(
             x_BTD, jnp.arange(config.num_units), inputs
         )
 
@@ -148,6 +151,7 @@ class MllamaTextModel(DecoderModule):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cache_position: Int[Array, "T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Runs the decoder over ``T`` new tokens.
 
@@ -159,7 +163,8 @@ class MllamaTextModel(DecoderModule):
           attention_mask: 1 for tokens, 0 for padding. (B, T); with ``past_key_values`` it covers
             the slots from 0 on, (B, n) with n up to the cache's length, and slots beyond it count
             as 1 (those not yet written are hidden anyway).
-          position_ids: (B, T) or (1, T) rotary positions; ``cache_position`` if None.
+          position_ids: (B, T) or (1, T) rotary positions; if None ``cache_position``, or places
+            within the segments.
           cross_attention_states: projected image features, (B, M*L*P, D); Hugging Face's
             (B*M*L, P, D) is accepted too.
           cross_attention_mask: (B, T, M, L), 1 where a token may attend to a tile; None for
@@ -174,10 +179,15 @@ class MllamaTextModel(DecoderModule):
             "reference" attention, whatever the module's kind.
           return_dict: False returns a tuple.
           cache_position: (T,) consecutive slots of the new tokens; the next free ones if None.
+          segment_ids: (B, T), where texts are packed: those of a row stand one behind the other
+            and are numbered from 1; 0 is padding. Tokens attend to their own text only and
+            positions start anew with each; the row's images are those of all its texts, and
+            ``cross_attention_mask`` must say whose they are.
 
         Raises:
           ValueError: not exactly one of ``input_ids`` and ``inputs_embeds``; shapes disagree; the
-            cache is full (seen only outside `jax.jit`).
+            cache is full (seen only outside `jax.jit`); ``segment_ids`` with ``attention_mask``,
+            with a cache, or with images but no ``cross_attention_mask``.
         """
         config = self.text_config
         if (input_ids is None) == (inputs_embeds is None):
@@ -189,6 +199,18 @@ class MllamaTextModel(DecoderModule):
         x_BTD = inputs_embeds if input_ids is None else self.embed_tokens(input_ids)
         assert x_BTD is not None
         x_BTD = constrain(x_BTD.astype(self.dtype), self.mesh, "batch", "length", None)
+        if segment_ids is not None:
+            check_shape("segment_ids", segment_ids, (B, T))
+            check_segments(
+                attention_mask=attention_mask is not None,
+                past_key_values=past_key_values is not None,
+                cache_position=cache_position is not None,
+                use_cache=bool(use_cache),
+                hf_masked_rows=self.hf_masked_rows,
+            )
+            if cross_attention_states is not None and cross_attention_mask is None:
+                raise ValueError("segment_ids with images needs cross_attention_mask")
+            use_cache = False
         use_cache = config.use_cache if use_cache is None else use_cache
 
         start = jnp.zeros((), jnp.int32)
@@ -204,7 +226,9 @@ class MllamaTextModel(DecoderModule):
             check_shape("attention_mask", attention_mask, (B, T))
         # The slots of the new tokens, (T,), or (B, T) where samples differ.
         slots = start[..., None] + jnp.arange(T)
-        if position_ids is None:
+        if position_ids is None and segment_ids is not None:
+            position_ids = segment_positions(segment_ids)
+        elif position_ids is None:
             position_ids = jnp.atleast_2d(slots if cache_position is None else cache_position)
         cos, sin = rotary_table(position_ids, inverse_frequencies(config))
 
@@ -225,7 +249,11 @@ class MllamaTextModel(DecoderModule):
         inputs = DecoderInputs(
             cos=cos,
             sin=sin,
-            mask=CausalMask(slots, valid_slots(attention_mask, B, num_slots)),
+            mask=CausalMask(
+                slots,
+                valid_slots(attention_mask, B, num_slots) if segment_ids is None else segment_ids,
+                segment_ids,
+            ),
             start=start,
             cache=cache,
             cross_attention_states=cross_attention_states,
@@ -282,6 +310,7 @@ class MllamaForCausalLM(GenerativeModule):
         labels: Int[Array, "B T"],
         *,
         tokens_at_once: int | None = None,
+        z_loss: float = 0.0,
         **inputs: Any,
     ) -> tuple[Float[Array, ""], Int[Array, ""]]:
         """The sum over labels of ``-log p(label)``, float32, and how many labels count.
@@ -293,10 +322,12 @@ class MllamaForCausalLM(GenerativeModule):
           labels: (B, T) token ids, as for `__call__`.
           tokens_at_once: the logits of about so many tokens exist at a time, split over the devices
             that share the head; None makes them about 500 MB a device.
+          z_loss: the weight of the softmax's denominator in the sum, as `cross_entropy` adds it.
           **inputs: other arguments of `MllamaTextModel.__call__`.
         """
         outputs: Any = self.model(**inputs, use_cache=False)
-        x_BTD, labels = outputs.last_hidden_state, shift_labels(labels)
+        labels = shift_labels(labels, inputs.get("segment_ids"))
+        x_BTD = outputs.last_hidden_state
         B, T = labels.shape
         if tokens_at_once is None:
             parts = num_parts("vocab", self.text_config.vocab_size, self.mesh)
@@ -312,16 +343,18 @@ class MllamaForCausalLM(GenerativeModule):
             labels.reshape(B, num_chunks, length),
         )
         scanned = nn.scan(
-            nn.remat(MllamaForCausalLM._add_loss, prevent_cse=False),
-            variable_broadcast=("params", "lora"),
+            nn.remat(partial(MllamaForCausalLM._add_loss, z_loss=z_loss), prevent_cse=False),
+            variable_broadcast="params",
             split_rngs={"params": False},
             in_axes=1,
         )
         nothing = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
         return scanned(self, nothing, chunks)[0]
 
-    def _add_loss(self, so_far: tuple[Array, Array], chunk: tuple[Array, Array]) -> Any:
-        total, count = cross_entropy(self._logits(chunk[0]), chunk[1])
+    def _add_loss(
+        self, so_far: tuple[Array, Array], chunk: tuple[Array, Array], *, z_loss: float
+    ) -> Any:
+        total, count = cross_entropy(self._logits(chunk[0]), chunk[1], z_loss)
         return (so_far[0] + total, so_far[1] + count), None
 
     def _logits(self, x_BTD: Array) -> Array:
@@ -346,6 +379,7 @@ class MllamaForCausalLM(GenerativeModule):
         return_dict: bool | None = None,
         cache_position: Int[Array, "T"] | None = None,
         num_logits_to_keep: int | Int[Array, "kept"] = 0,
+        segment_ids: Int[Array, "B T"] | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Runs the decoder over ``T`` new tokens and predicts the next one of each.
 
@@ -377,13 +411,16 @@ class MllamaForCausalLM(GenerativeModule):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             cache_position=cache_position,
+            segment_ids=segment_ids,
         )
-        x_BTD = outputs.last_hidden_state
-        if isinstance(num_logits_to_keep, int):
-            x_BTD = x_BTD[:, -num_logits_to_keep:]
-        else:
-            x_BTD = jnp.take(x_BTD, num_logits_to_keep, axis=1)
-        logits = self._logits(x_BTD)
+
+        def kept(x: Array) -> Array:
+            if isinstance(num_logits_to_keep, int):
+                return x[:, -num_logits_to_keep:]
+            return jnp.take(x, num_logits_to_keep, axis=1)
+
+        logits = self._logits(kept(outputs.last_hidden_state))
+        segment_ids = None if segment_ids is None else kept(segment_ids)
         loss = None
         if labels is not None:
             if labels.shape != logits.shape[:2]:
@@ -391,7 +428,7 @@ class MllamaForCausalLM(GenerativeModule):
                     f"labels has shape {labels.shape}, expected {logits.shape[:2]}: one for each "
                     f"logit (num_logits_to_keep={num_logits_to_keep})"
                 )
-            total, count = cross_entropy(logits, shift_labels(labels))
+            total, count = cross_entropy(logits, shift_labels(labels, segment_ids))
             loss = total / count
         output = CausalLMOutputWithPast(
             loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions

@@ -32,6 +32,7 @@ from mllama_jax.outputs import BaseModelOutput
 from mllama_jax.pretrained import PretrainedModule
 from mllama_jax.shapes import Array, Float, Int
 from mllama_jax.sharding import constrain
+from mllama_jax.tiles import padding_mask, tiles_of_aspect_ratios
 
 _PATCH_MULTIPLE = 8
 _EMBEDDING_NORM_EPSILON = 1e-5  # fixed in the references, whatever ``norm_eps`` says
@@ -189,6 +190,7 @@ class TileEmbedding(nn.Module):
         gate = self.param(
             "gate", logical(jax.nn.initializers.zeros, None), (1,), execution.param_dtype
         )
+        table = table[:, : x_BLPD.shape[1]]
         chosen = _choose("BR,RLD->BLD", one_hot_BR, table, execution)
         return x_BLPD + gated(chosen, gate)[:, :, None]
 
@@ -220,6 +222,7 @@ class PositionEmbedding(nn.Module):
         openness = jnp.tanh(gate.astype(jnp.float32))
         shared = _as_stored(((1 - openness) * shared).astype(execution.dtype), execution)
         x_BLPD = x_BLPD + shared
+        by_tile = by_tile[:, : x_BLPD.shape[1]]
         chosen = _choose("BR,RLPD->BLPD", one_hot_BR, by_tile, execution)
         return x_BLPD + gated(chosen, gate)
 
@@ -294,6 +297,7 @@ class MllamaVisionModel(PretrainedModule):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        num_tiles: int | None = None,
     ) -> BaseModelOutput | tuple[Array, ...]:
         """Encodes every image of every sample, its tiles jointly.
 
@@ -303,18 +307,31 @@ class MllamaVisionModel(PretrainedModule):
           aspect_ratio_mask: (B, M, L), 1 for the tiles that exist; made from the ids if None.
           output_attentions, output_hidden_states: also return these (see `BaseModelOutput`).
           return_dict: False returns a tuple.
+          num_tiles: compute only the first so many tiles of each image, of which the last one, if
+            it is missing, stands for all missing tiles behind it; the result has as many. It is the
+            same, in less time, where no image has a real tile that is left out, missing tiles have
+            no pixels, and the parameters pass `mllama_jax.tiles.missing_tiles_are_alike`. None
+            computes all.
 
         Returns:
           `BaseModelOutput`; ``last_hidden_state`` is (B, M, L, P, vision_output_dim) in ``dtype``.
 
         Raises:
-          ValueError: a shape disagrees with the configuration or with another argument.
+          ValueError: a shape disagrees with the configuration or with another argument; states or
+            weights of tiles that are not computed are asked for.
         """
         config = self.vision_config
         _check_shapes(config, pixel_values, aspect_ratio_ids, aspect_ratio_mask)
         if aspect_ratio_mask is None:
             aspect_ratio_mask = tiles_of_aspect_ratios(config, aspect_ratio_ids)
-        B, M, L = pixel_values.shape[:3]
+        if num_tiles is not None and (output_attentions or output_hidden_states):
+            raise ValueError(
+                f"num_tiles={num_tiles}: there are no states or weights of the other tiles to "
+                "return; leave it out"
+            )
+        B, M = pixel_values.shape[:2]
+        L = config.max_num_tiles if num_tiles is None else num_tiles
+        pixel_values, aspect_ratio_mask = pixel_values[:, :, :L], aspect_ratio_mask[:, :, :L]
         ids_B = aspect_ratio_ids.reshape(B * M)
         # As in a table look-up with a padding row, an id outside the table finds nothing.
         one_hot_BR = jax.nn.one_hot(ids_B, config.max_aspect_ratio_id + 1, dtype=self.dtype)
@@ -322,7 +339,8 @@ class MllamaVisionModel(PretrainedModule):
         x_BLPD = self._embed(pixel_values.reshape(B * M, *pixel_values.shape[2:]), one_hot_BR)
         extra = -config.num_patches % _PATCH_MULTIPLE
         x_BLPD = jnp.pad(x_BLPD, ((0, 0), (0, 0), (0, extra), (0, 0)))
-        mask = _padding_mask(aspect_ratio_mask.reshape(B * M, L), config.num_patches, extra)
+        tiles_BL = aspect_ratio_mask.reshape(B * M, L)
+        mask = padding_mask(tiles_BL, config.num_patches, extra, config.max_num_tiles)
 
         x_BED, kept, _, local_weights = self.transformer(
             rearrange(x_BLPD, "B L P D -> B (L P) D"),
@@ -386,21 +404,6 @@ def dummy_images(config: MllamaVisionConfig, dtype: DTypeLike) -> dict[str, Arra
         "pixel_values": jnp.zeros((1, 1, config.max_num_tiles, *tile), dtype),
         "aspect_ratio_ids": jnp.ones((1, 1), jnp.int32),
     }
-
-
-def tiles_of_aspect_ratios(
-    config: MllamaVisionConfig, aspect_ratio_ids: Int[Array, "B M"]
-) -> Int[Array, "B M L"]:
-    """The tiles that exist for each aspect-ratio id; by convention the first one for "no image"."""
-    counts = np.array([1, *(h * w for h, w in config.supported_aspect_ratios)])
-    exists = np.arange(config.max_num_tiles) < counts[:, None]
-    return jnp.asarray(exists, jnp.int32)[aspect_ratio_ids]
-
-
-def _padding_mask(tiles_BL: Array, num_patches: int, extra: int) -> PaddingPairMask:
-    real_patch = jnp.arange(num_patches + extra) < num_patches
-    real = (tiles_BL != 0)[:, :, None] & real_patch
-    return PaddingPairMask(~real.reshape(real.shape[0], -1))
 
 
 def _check_shapes(

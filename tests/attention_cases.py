@@ -39,12 +39,14 @@ def make_cases(seed: int = 0) -> dict[str, Case]:
     # A block of queries in the first sample uses no image; no sample the last tile but one.
     tiles[0], tiles[:, :, -2] = False, False
     padding = jnp.asarray(random.random((B, 600)) < 0.4).at[1].set(True)
+    counts = jnp.asarray(random.integers(1, 4, (B, 600)), jnp.float32)
     return {
         "causal": Case(B, T, T, N, K, H, _causal(0, T, valid[:, :T]), True),
         "cache": Case(B, T, S, N, K, H, _causal(40, T, valid)),
         "packed": Case(B, T, T, N, K, H, CausalMask(jnp.arange(T), segments, segments), True),
         "tiles": Case(B, T, M * L * P, N, K, H, TileMask(jnp.asarray(tiles), P), True),
         "vision": Case(B, 600, 600, 2, 2, 80, PaddingPairMask(padding), True),
+        "counted": Case(B, 600, 600, 2, 2, 80, PaddingPairMask(padding, counts), True),
         "whole blocks": Case(B, 256, 256, N, N, H, None),
         "no mask": Case(B, T, S, N, 1, H, None),
     }

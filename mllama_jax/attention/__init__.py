@@ -62,7 +62,7 @@ def attend(
     the name `ATTENTION_RESULT` for rematerialisation.
 
     Args:
-      mesh: what the fused kernels are split over: samples over data and fsdp, heads over tensor.
+      mesh: what the computation is split over: samples over data and fsdp, heads over tensor.
 
     Raises:
       ValueError: the kind is unknown, is not for these devices, or can't take the mask or dtype.
@@ -71,7 +71,7 @@ def attend(
     if kind == "reference":
         out = attend_with_weights(q_BTNH, k_BSKH, v_BSKH, mask)[0]
     elif kind == "xla" or q_BTNH.shape[1] < FEWEST_QUERIES:
-        out = attend_xla(q_BTNH, k_BSKH, v_BSKH, mask)
+        out = attend_xla(q_BTNH, k_BSKH, v_BSKH, mask, mesh)
     elif kind == "cudnn":
         from mllama_jax.attention.cudnn import attend_cudnn
 

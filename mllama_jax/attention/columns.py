@@ -14,12 +14,27 @@ from mllama_jax.shapes import Array, Float
 _LARGE = 2.0**60
 
 
-def with_padding_column(
-    q_BENH: Float[Array, "B E N H"], k_BEKH: Float[Array, "B E K H"], mask: PaddingPairMask
+def with_padding_columns(
+    q_BENH: Float[Array, "B E N H"],
+    k_BEKH: Float[Array, "B E K H"],
+    mask: PaddingPairMask,
+    scale: float,
 ) -> tuple[Float[Array, "B E N h"], Float[Array, "B E K h"]]:
-    """Queries and (scaled) keys with the feature that forbids pairs of padding."""
+    """Queries and keys with the feature that forbids pairs of padding, and those of a bias.
+
+    Args:
+      scale: what the kernel multiplies scores by.
+    """
     column_BE11 = jnp.where(mask.padding_BE, _LARGE, 0.0)[:, :, None, None]
-    return _append(q_BENH, column_BE11), _append(k_BEKH, -column_BE11)
+    q_BENH, k_BEKH = _append(q_BENH, column_BE11), _append(k_BEKH, -column_BE11)
+    bias_BE = mask.bias()
+    if bias_BE is not None:
+        bias_BE11 = (bias_BE / scale)[:, :, None, None]
+        # Two numbers of the keys' dtype: one alone would round a bfloat16 bias by a thousandth.
+        high_BE11 = bias_BE11.astype(k_BEKH.dtype)
+        for part in (high_BE11, bias_BE11 - high_BE11.astype(jnp.float32)):
+            q_BENH, k_BEKH = _append(q_BENH, jnp.ones((1, 1, 1, 1))), _append(k_BEKH, part)
+    return q_BENH, k_BEKH
 
 
 def with_end_column(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mllama_jax.attention.columns import with_padding_column
+from mllama_jax.attention.columns import with_padding_columns
 from mllama_jax.attention.on_mesh import check_platform, on_mesh
 from mllama_jax.attention.xla import in_query_blocks
 from mllama_jax.masks import Mask, PaddingPairMask
@@ -61,7 +61,7 @@ def attend_composed(
     if mask is None:
         return kernel(q_BTNH, k_BSKH, v_BSKH, None)
     if isinstance(mask, PaddingPairMask):
-        q_BTNH, k_BSKH = with_padding_column(q_BTNH, k_BSKH, mask)
+        q_BTNH, k_BSKH = with_padding_columns(q_BTNH, k_BSKH, mask, scale)
         out = kernel(q_BTNH, k_BSKH, v_BSKH, None)
     else:
         out = in_query_blocks(kernel, q_BTNH, k_BSKH, v_BSKH, mask)

@@ -15,7 +15,7 @@ from mllama_jax.attention import AttentionKind
 from mllama_jax.attention.decode_rows import attend_rows
 from mllama_jax.attention.on_mesh import check_platform, head_axes, shared_head
 from mllama_jax.attention.step import attend_step
-from mllama_jax.attention.xla import attend_xla
+from mllama_jax.attention.xla import attend_batched
 from mllama_jax.masks import TileMask
 from mllama_jax.shapes import Array, Float, Int
 from mllama_jax.sharding import partition_spec
@@ -117,6 +117,6 @@ def _attend_layer(
     q_B1NH, allowed = q_BNH[:, None], allowed_B1S != 0
     if new is None:
         k_BSKH, v_BSKH = k_BKSH.swapaxes(1, 2), v_BKSH.swapaxes(1, 2)
-        return attend_xla(q_B1NH, k_BSKH, v_BSKH, TileMask(allowed, tokens_per_tile=1))[:, 0]
+        return attend_batched(q_B1NH, k_BSKH, v_BSKH, TileMask(allowed, tokens_per_tile=1))[:, 0]
     k_B1KH, v_B1KH = (jax.lax.dynamic_slice_in_dim(x, head, K, axis=1).swapaxes(1, 2) for x in new)
     return attend_step(q_B1NH, k_BKSH, v_BKSH, k_B1KH, v_B1KH, allowed, used_B)[:, 0]

@@ -14,7 +14,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 from jax.sharding import Mesh
 
 from mllama_jax.attention.blocks import Blocks, choose_blocks
-from mllama_jax.attention.columns import with_end_column, with_padding_column
+from mllama_jax.attention.columns import with_end_column, with_padding_columns
 from mllama_jax.attention.names import ATTENTION_RESULT
 from mllama_jax.attention.on_mesh import check_platform, on_mesh
 from mllama_jax.masks import CausalMask, KeyRule, Mask, PaddingPairMask, TileMask, UpToKey
@@ -72,7 +72,7 @@ def _attend(
     q_BTNH = (q_BTNH.astype(jnp.float32) * H**-0.5).astype(q_BTNH.dtype)
     kernel_mask = _kernel_mask(mask, T, S, padded=blocks.num_keys > S)
     if isinstance(mask, PaddingPairMask):
-        q_BTNH, k_BSKH = with_padding_column(q_BTNH, k_BSKH, mask)
+        q_BTNH, k_BSKH = with_padding_columns(q_BTNH, k_BSKH, mask, scale=1.0)
     q_BTNH = _pad(q_BTNH, blocks.num_queries, 0)
     k_BSKH, v_BSKH = (_pad(x, blocks.num_keys, 0) for x in (k_BSKH, v_BSKH))
     if kernel_mask.rule is None and blocks.num_keys > S:

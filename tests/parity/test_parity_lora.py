@@ -1,6 +1,8 @@
 """Adapters in training, against PEFT around transformers' model."""
 
 import copy
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import flax.traverse_util
@@ -13,15 +15,25 @@ import torch
 from closeness import assert_close
 from hf_reference import Pair, make_batch, to_torch
 
-from mllama_jax.train.config import LoraConfig, OptimizerConfig
-from mllama_jax.train.lora import adapters_of, collection
-from mllama_jax.train.step import init_state, make_optimizer, train_step
+from mllama_jax.train.adapters_export import save_adapters
+from mllama_jax.train.components import joined
+from mllama_jax.train.lora import adapters_of, init_adapters, scaled
+from mllama_jax.train.settings import (
+    ComponentConfig,
+    LoraConfig,
+    OptimizerConfig,
+    Recipe,
+    TrainedConfig,
+)
+from mllama_jax.train.step import start, train_step
 
+STEPS = 10
 LORA = LoraConfig(rank=3, alpha=7.0)
 # A clip that bites, a decay that shows, and an eps that rounding of tiny gradients can't pass.
 SETTINGS = OptimizerConfig(
     learning_rate=2e-3, b1=0.8, b2=0.9, eps=1e-3, weight_decay=0.5, max_grad_norm=0.5
 )
+RECIPE = Recipe(STEPS, replace(SETTINGS, schedule="constant"), TrainedConfig("lora"), LORA)
 DECODER = r"model\.language_model\.layers\..*_proj"
 
 
@@ -45,7 +57,7 @@ def our_tree(pair: Pair, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     """PEFT's tensors by the names of ours: every one has a place, and every place is filled."""
     text = pair.text_config
     found = {}
-    for path, adapter in adapters_of(pair.model, LORA).items():
+    for path, adapter in adapters_of(pair.model, RECIPE).items():
         *_, block, part, projection = path
         layers = range(int(block.removeprefix("block_")), text.num_hidden_layers, text.unit_length)
         for ours, theirs, shape in (("a", "lora_A", adapter.a), ("b", "lora_B", adapter.b)):
@@ -57,7 +69,7 @@ def our_tree(pair: Pair, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     return flax.traverse_util.unflatten_dict(found)
 
 
-def test_loss_logits_gradients_and_a_step_are_those_of_peft(
+def test_loss_logits_gradients_and_ten_steps_are_those_of_peft(
     periodic: Pair, reference: torch.nn.Module
 ):
     batch = make_batch(periodic.config, [[1, 3], [2, 5]], [8, 7], "right", seed=0)
@@ -67,7 +79,7 @@ def test_loss_logits_gradients_and_a_step_are_those_of_peft(
     gradients = our_tree(periodic, {name: p.grad for name, p in trained(reference).items()})
 
     def loss(adapters: Any) -> Any:
-        variables = {"params": periodic.params, "lora": collection(adapters, LORA)}
+        variables = {"params": joined(periodic.params, scaled(adapters, LORA))}
         output = periodic.model.apply(variables, **batch, use_cache=False)
         return output.loss, output.logits
 
@@ -79,28 +91,50 @@ def test_loss_logits_gradients_and_a_step_are_those_of_peft(
     compare(found, gradients, 1e-4)
 
     parameters = trained(reference).values()
-    norm = torch.nn.utils.clip_grad_norm_(parameters, SETTINGS.max_grad_norm).item()
-    assert norm > SETTINGS.max_grad_norm
-    torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         parameters,
         lr=SETTINGS.learning_rate,
         betas=(SETTINGS.b1, SETTINGS.b2),
         eps=SETTINGS.eps,
         weight_decay=SETTINGS.weight_decay,
-    ).step()
-    after = our_tree(periodic, trained(reference))
-
-    state = init_state(jax.tree.map(jnp.array, adapters), make_optimizer(SETTINGS, 9), seed=0)
-    state, metrics = train_step(
-        *(state, batch, periodic.params),
-        model=periodic.model,
-        config=SETTINGS,
-        steps=9,
-        lora=LORA,
     )
-    assert metrics["loss"].item() == pytest.approx(expected.loss.item(), rel=1e-4)
-    assert metrics["grad_norm"].item() == pytest.approx(norm, rel=1e-4)
+    state, frozen = start(periodic.model, periodic.params, RECIPE, seed=0)
+    state = state.replace(params=jax.tree.map(jnp.array, adapters))
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        expected = reference(**to_torch(batch))
+        expected.loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, SETTINGS.max_grad_norm).item()
+        assert norm > SETTINGS.max_grad_norm
+        optimizer.step()
+        state, metrics = train_step(state, batch, frozen, model=periodic.model, recipe=RECIPE)
+        assert metrics["loss"].item() == pytest.approx(expected.loss.item(), rel=1e-4)
+        assert metrics["grad_norm"].item() == pytest.approx(norm, rel=1e-3)
+    after = our_tree(periodic, trained(reference))
     compare(*(jax.tree.map(np.subtract, tree, adapters) for tree in (state.params, after)), 1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
+def test_peft_computes_the_same_with_an_adapter_that_was_written(periodic: Pair, tmp_path: Path):
+    """On all projections there are, of every component."""
+    batch = make_batch(periodic.config, [[1, 3], [2, 5]], [8, 7], "right", seed=0)
+    by_lora = ComponentConfig("lora")
+    recipe = replace(RECIPE, trained=TrainedConfig("lora_all", head=by_lora))
+    random = np.random.default_rng(2)
+    adapters = jax.tree.map(
+        lambda x: jnp.asarray(random.normal(size=x.shape) / 3, x.dtype),
+        init_adapters(periodic.model, recipe, jax.random.key(0)),
+    )
+    save_adapters(tmp_path, periodic.model, adapters, LORA, "some/base")
+    model = peft.PeftModel.from_pretrained(copy.deepcopy(periodic.reference), tmp_path)
+    with torch.no_grad():
+        expected = model(**to_torch(batch)).logits
+    variables = {"params": joined(periodic.params, scaled(adapters, LORA))}
+    found = periodic.model.apply(variables, **batch, use_cache=False)
+    assert_close(found.logits, expected)
+    with torch.no_grad():
+        without = periodic.reference(**to_torch(batch)).logits
+    assert (without - expected).abs().max() > 0.1 * without.abs().max()
 
 
 def compare(found: Any, expected: Any, tolerance: float) -> None:

@@ -19,7 +19,8 @@ from transformers.models.mllama.modeling_mllama import (
 import mllama_jax as mj
 from mllama_jax.execution import Execution
 from mllama_jax.masks import PaddingPairMask
-from mllama_jax.vision import PositionEmbedding, TileEmbedding, VisionLayer, tiles_of_aspect_ratios
+from mllama_jax.tiles import tiles_of_aspect_ratios
+from mllama_jax.vision import PositionEmbedding, TileEmbedding, VisionLayer
 
 IMAGES = {
     # Three, one and no image; two tiles an image and two images each.
