@@ -2,13 +2,17 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from asking import (
     GREEDY,
     LOADED,
+    OPTIONS,
     PROCESSOR,
     answers,
     ask,
@@ -17,9 +21,12 @@ from asking import (
     tokens,
     whole_messages,
 )
+from PIL import Image
 
 from mllama_jax.batch.answers import Answer, Failure
-from mllama_jax.batch.requests import SamplingOptions
+from mllama_jax.batch.engine import Engine
+from mllama_jax.batch.pictures import PictureSources
+from mllama_jax.batch.requests import Request, SamplingOptions
 
 
 @pytest.fixture
@@ -84,6 +91,56 @@ def test_pictures_are_encoded_once():
     assert (engine.stats.pictures_encoded, engine.stats.pictures_reused) == (3, 15)
     answers(engine, requests)
     assert engine.stats.pictures_encoded == 3
+
+
+def test_missing_tiles_are_computed_once(tmp_path: Path):
+    """Where nothing tells them apart, as in released checkpoints."""
+    model, params = LOADED
+    config = model.config.vision_config
+    vision = dict(params["vision_model"])
+    for module, name in (
+        ("gated_positional_embedding", "tile_embedding"),
+        ("pre_tile_positional_embedding", "embedding"),
+        ("post_tile_positional_embedding", "embedding"),
+    ):
+        table = np.array(vision[module][name])
+        for ratio, (height, width) in enumerate(config.supported_aspect_ratios, start=1):
+            table[ratio, height * width :] = 0
+        table[0, 1:] = 0
+        vision[module] = {**vision[module], name: jnp.asarray(table)}
+    params = {**params, "vision_model": vision}
+    random = np.random.default_rng(6)
+    for tiles in (1, 2, 3, 4):
+        pixels = random.integers(0, 256, (32, 32 * tiles, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{tiles}.png")
+
+    def asked(number: int, *tiles: int) -> Request:
+        parts = [{"type": "image", "image": str(tmp_path / f"{n}.png")} for n in tiles]
+        content = [*parts, {"type": "text", "text": "Which digit is this?"}]
+        message = {"role": "user", "content": content}
+        return Request(str(number), "chat", (message,), options=GREEDY)
+
+    requests = [asked(i, *t) for i, t in enumerate([(1,), (2,), (3,), (4,), (1, 3), (2, 2)])]
+    sources = PictureSources((tmp_path,))
+    engine = Engine(model, params, PROCESSOR, options=OPTIONS, sources=sources)
+    engine.warm_up()
+    programs = engine.stats.programs
+    found = answers(engine, requests)
+    # Of two, three and four tiles.
+    assert programs == 2 * (2 + 1 + 1) + 3 + 1 + 1
+    assert engine.stats.programs == programs
+    for request in requests:
+        [message] = request.messages or ()
+        inputs = PROCESSOR.apply_chat_template(
+            [message],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="np",
+        )
+        expected = model.generate(params, **inputs, max_new_tokens=12)
+        [choice] = found[request.custom_id].choices
+        assert choice.token_ids == tuple(expected.new_tokens[0, : len(choice.token_ids)].tolist())
 
 
 def test_requests_that_do_not_fit_fail_alone():

@@ -11,6 +11,7 @@ from mllama_jax.generation.sampling import (
     apply_temperature,
     apply_top_k,
     apply_top_p,
+    first_of_largest,
     row_keys,
     sample,
 )
@@ -77,6 +78,24 @@ def test_rows_choose_by_their_own_parameters():
 def test_greedy_takes_the_first_of_the_largest():
     logits = jnp.array([[1.0, 2.0, 2.0], [2.0, 2.0, -1.0]], jnp.bfloat16)
     assert sample(row_keys(0, 2), logits, SamplingParams.same(2)).tolist() == [1, 0]
+
+
+def test_first_of_largest_is_numpys_argmax():
+    random = np.random.default_rng(1)
+    values = random.integers(0, 4, (50, 7)).astype(np.float32)
+    values[:5] = -INF
+    values[5:10, 2:] = -INF
+    values[10, 3] = INF
+    np.testing.assert_array_equal(first_of_largest(jnp.asarray(values)), values.argmax(-1))
+    # What is not a number gives no index outside.
+    assert 0 <= int(first_of_largest(jnp.full(7, np.nan))) < 7
+
+
+def test_draws_are_those_of_jax():
+    logits = jnp.asarray(np.random.default_rng(2).normal(size=(20, 50)), jnp.float32)
+    keys = row_keys(3, 20)
+    drawn = sample(keys, logits, params([{}] * 20))
+    np.testing.assert_array_equal(drawn, jax.vmap(jax.random.categorical)(keys, logits))
 
 
 def test_draws_have_the_distribution_of_what_is_kept():

@@ -32,6 +32,7 @@ from mllama_jax.generation.decoding import bucket, encode
 from mllama_jax.pretrained import Params
 from mllama_jax.shapes import Array
 from mllama_jax.sharding import num_parts, place
+from mllama_jax.tiles import computed_tiles, missing_tiles_are_alike
 
 __all__ = ["Device"]
 
@@ -64,7 +65,9 @@ class Device:
         is_eos = np.zeros(self._vocab_size, bool)
         is_eos[[token for token in end_tokens if token < self._vocab_size]] = True
         self._is_eos = place(is_eos, model.mesh)
-        self._slots = _empty_slots(self._model, options)
+        self._slots = empty_slots(self._model, options)
+        # Missing tiles of a picture then need to be computed only once.
+        self._alike = missing_tiles_are_alike(vision, params["vision_model"])
         self._features: OrderedDict[bytes, Array] = OrderedDict()
         self._programs: set[tuple[Any, ...]] = set()
         self.pictures_encoded = 0
@@ -85,8 +88,9 @@ class Device:
         tile = (vision.num_channels, vision.image_size, vision.image_size)
         nothing = np.zeros((vision.max_num_tiles, *tile), np.float32)
         blank = PreparedPicture(b"", nothing, aspect_ratio_id=1, num_tiles=1)
-        for size in self._encoder_batches:
-            self._encode([blank], size)
+        for num_computed in {self._num_computed(n + 1) for n in range(vision.max_num_tiles)}:
+            for size in self._encoder_batches:
+                self._encode([blank], size, num_computed)
         self.write_pictures(0, [blank])
         self._features.clear()
 
@@ -109,11 +113,15 @@ class Device:
         missing = {p.key: p for p in pictures if p.key not in self._features}
         self.pictures_encoded += len(missing)
         self.pictures_reused += len(pictures) - len(missing)
-        sizes, left = self._encoder_batches, list(missing.values())
-        while left:
-            size = max((size for size in sizes if size <= len(left)), default=sizes[0])
-            now, left = left[:size], left[size:]
-            self._encode(now, size)
+        by_tiles: dict[int, list[PreparedPicture]] = {}
+        for picture in missing.values():
+            by_tiles.setdefault(self._num_computed(picture.num_tiles), []).append(picture)
+        sizes = self._encoder_batches
+        for num_computed, left in by_tiles.items():
+            while left:
+                size = max((size for size in sizes if size <= len(left)), default=sizes[0])
+                self._encode(left[:size], size, num_computed)
+                left = left[size:]
         for picture in pictures:
             self._features.move_to_end(picture.key)
 
@@ -123,8 +131,13 @@ class Device:
         groups = num_parts("batch", 0, self._model.mesh)
         return [groups * size for size in self._options.pictures_at_once]
 
-    def _encode(self, pictures: list[PreparedPicture], size: int) -> None:
-        self._programs.add(("encode", size))
+    def _num_computed(self, num_tiles: int) -> int:
+        """The tiles that the encoder computes for a picture of so many."""
+        most: int = self._model.config.vision_config.max_num_tiles
+        return computed_tiles(num_tiles, most) if self._alike else most
+
+    def _encode(self, pictures: list[PreparedPicture], size: int, num_computed: int) -> None:
+        self._programs.add(("encode", size, num_computed))
         filled = pictures + pictures[-1:] * (size - len(pictures))
         pixels = np.stack([p.pixel_values[None] for p in filled])
         ids = np.array([[p.aspect_ratio_id] for p in filled], np.int32)
@@ -132,7 +145,7 @@ class Device:
         tiles = np.array([[np.arange(num_tiles) < p.num_tiles] for p in filled], np.int32)
         mesh = self._model.mesh
         placed = (place(x, mesh, "batch", *[None] * (x.ndim - 1)) for x in (pixels, ids, tiles))
-        features = encode(self._model, self._params, *placed)
+        features = encode(self._model, self._params, *placed, num_tiles=num_computed)
         for i, picture in enumerate(pictures):
             self._features[picture.key] = _one(features, i)
 
@@ -279,7 +292,7 @@ def _one(features: Array, i: Array | int) -> Array:
     return jax.lax.dynamic_index_in_dim(features, i, keepdims=False)
 
 
-def _empty_slots(model: Any, options: EngineOptions) -> Slots:
+def empty_slots(model: Any, options: EngineOptions) -> Slots:
     num_slots, vocab_size = options.num_slots, model.text_config.vocab_size
     tokens = options.max_tiles * model.config.vision_config.num_patches
 

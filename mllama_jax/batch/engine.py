@@ -6,7 +6,7 @@ late, what became of it; every token is chosen on the device.
 
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,11 +143,14 @@ class Engine:
         """Takes in no more requests; those that have a slot are finished."""
         self._stopping = True
 
-    def run(self, requests: Iterable[Request]) -> Iterator[Answer | Failure]:
+    def run(
+        self, requests: Iterable[Request], *, after_step: Callable[[], None] = lambda: None
+    ) -> Iterator[Answer | Failure]:
         """Answers requests, each as soon as it is complete.
 
         Args:
             requests: read lazily, a bounded number ahead of the devices.
+            after_step: called after each dispatch, for those who watch `stats`.
         """
         feeder = Feeder(
             requests,
@@ -160,6 +163,7 @@ class Engine:
                 yield from self._take_in(feeder)
                 self._fill_slots()
                 self._decode()
+                after_step()
                 while self._answers:
                     yield self._answers.popleft()
                 if not self._is_busy and (self._stopping or feeder.is_empty):
@@ -216,6 +220,10 @@ class Engine:
             sequence = self._waiting.popleft()
             self._occupied[slot] = sequence
             taken.append((slot, sequence))
+        for group in _picture_groups(taken, self.options.pictures_at_once[-1]):
+            self._load_pictures(group)
+
+    def _load_pictures(self, taken: list[tuple[int, Sequence]]) -> None:
         self._device.encode([p for _, sequence in taken for p in sequence.job.prepared.pictures])
         for slot, sequence in taken:
             self._device.write_pictures(slot, sequence.job.prepared.pictures)
@@ -378,3 +386,18 @@ class Engine:
                 timings=Timings(job.started, job.first_token, job.seconds()),
             )
         )
+
+
+def _picture_groups(
+    taken: list[tuple[int, Sequence]], num_pictures: int
+) -> Iterator[list[tuple[int, Sequence]]]:
+    """Splits them so that each group has pictures enough for the vision encoder, and few more:
+    all of a group's encoded pictures are in memory together."""
+    group: list[tuple[int, Sequence]] = []
+    for slot, sequence in taken:
+        group.append((slot, sequence))
+        if sum(len(member.job.prepared.pictures) for _, member in group) >= num_pictures:
+            yield group
+            group = []
+    if group:
+        yield group

@@ -11,7 +11,14 @@ import jax.numpy as jnp
 from flax import struct
 
 from mllama_jax.batch.rules import BAD_WORD_LENGTH, NO_LOGPROBS, NOTHING, TOP_LOGPROBS, RowRules
-from mllama_jax.generation.sampling import GREEDY, NO_MIN_P, NO_TOP_K, NO_TOP_P, sample
+from mllama_jax.generation.sampling import (
+    GREEDY,
+    NO_MIN_P,
+    NO_TOP_K,
+    NO_TOP_P,
+    first_of_largest,
+    sample,
+)
 from mllama_jax.shapes import Array, Bool, Float, Int
 
 __all__ = ["RowHistory", "apply_rules", "choose", "is_end", "with_prompt"]
@@ -177,7 +184,7 @@ def apply_rules(
         for wanted, (_, part) in zip(asked, parts, strict=True):
             scores = jax.lax.cond(wanted, part, lambda scores: scores, scores)
         nothing_left = jnp.max(scores, axis=-1, keepdims=True) == -jnp.inf
-        is_end = jnp.arange(scores.shape[-1]) == jnp.argmax(is_eos)
+        is_end = jnp.arange(scores.shape[-1]) == first_of_largest(is_eos.astype(jnp.float32))
         return jnp.where(nothing_left & is_end, 0.0, scores)
 
     return jax.lax.cond(jnp.any(jnp.stack(asked)), shape, lambda scores: scores, logits)

@@ -7,8 +7,10 @@ import tyro
 
 def main() -> None:
     """Runs the command that ``sys.argv`` names."""
+    from mllama_jax.cli.batch import batch
     from mllama_jax.cli.convert import convert
     from mllama_jax.cli.demo import demo
+    from mllama_jax.cli.eval import eval
     from mllama_jax.cli.generate import generate
     from mllama_jax.cli.inspect import inspect
     from mllama_jax.cli.plan import plan
@@ -16,7 +18,7 @@ def main() -> None:
     from mllama_jax.cli.verify import verify
 
     app = tyro.extras.SubcommandApp()
-    for command in (convert, inspect, verify, generate, train, plan, demo):
+    for command in (convert, inspect, verify, generate, batch, eval, train, plan, demo):
         chosen = command.__name__ in sys.argv[1:2]
         summary = (command.__doc__ or "").splitlines()[0]
         # A line each in the list of commands, everything where a command is asked for its help.

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from mllama_jax.cli.options import Attention, Dtype, print_choices
+from mllama_jax.cli.options import Attention, Dtype, Quantise, print_choices
 
 
 def generate(
@@ -26,6 +26,7 @@ def generate(
     date: str | None = None,
     dtype: Dtype = "float32",
     attention: Attention = "xla",
+    quantise: Quantise | None = None,
     mesh: str | None = None,
     distributed: bool = False,
     revision: str | None = None,
@@ -54,6 +55,7 @@ def generate(
         dtype: of parameters and computation.
         attention: how attention is computed: "splash" has kernels for TPUs, "cudnn" for NVIDIA
             GPUs, "xla" runs anywhere, "reference" is slow and simple.
+        quantise: store the decoder layers' weights in 8 or 4 bits: less memory, less exact.
         mesh: devices to split model and computation over, such as tensor=8 or data=2,tensor=4; -1
             stands for all that are left. One device if not given.
         distributed: this is one process of several, each on a host of its own and started with the
@@ -74,7 +76,12 @@ def generate(
     else:
         inputs = _chat_inputs(processor, prompt, image, system, date)
     module, params = mj.MllamaForConditionalGeneration.from_pretrained(
-        model, dtype=dtype, attention=attention, mesh=mesh, revision=revision
+        model,
+        dtype=dtype,
+        attention=attention,
+        quantise=quantise,
+        mesh=mesh,
+        revision=revision,
     )
     print_choices(module)
     options = _sampling_options(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)

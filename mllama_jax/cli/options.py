@@ -6,6 +6,7 @@ from typing import Any, Literal
 # Said here a second time, so that --help need not load JAX.
 Attention = Literal["xla", "splash", "cudnn", "reference"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Quantise = Literal["int8", "int4"]
 
 
 def print_choices(model: Any) -> None:
@@ -19,7 +20,9 @@ def print_choices(model: Any) -> None:
     from mllama_jax.sharding import describe
 
     dtype = jax.numpy.dtype(model.dtype).name
-    if (model.mesh, dtype, model.attention) == (None, "float32", "xla") or jax.process_index():
+    choices = (model.mesh, dtype, model.attention, model.quantise)
+    if choices == (None, "float32", "xla", None) or jax.process_index():
         return
     device = jax.devices()[0].device_kind if model.mesh is None else describe(model.mesh)
-    print(f"{device}; {dtype}; attention {model.attention}", file=sys.stderr)
+    weights = f"; decoder weights {model.quantise}" if model.quantise else ""
+    print(f"{device}; {dtype}; attention {model.attention}{weights}", file=sys.stderr)

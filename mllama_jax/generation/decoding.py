@@ -190,12 +190,19 @@ def _picked(values: np.ndarray, rows: np.ndarray, images: np.ndarray, mesh: Mesh
     return place_parts(pick, shape, mesh, "batch", *[None] * (len(shape) - 1))
 
 
-@partial(jax.jit, static_argnames="model")
+@partial(jax.jit, static_argnames=("model", "num_tiles"))
 def encode(
-    model: Any, params: Params, pixel_values: Array, ids: Array, mask: Array | None
+    model: Any,
+    params: Params,
+    pixel_values: Array,
+    ids: Array,
+    mask: Array | None,
+    num_tiles: int | None = None,
 ) -> Array:
     """`model.encode_images`, compiled: features (B, M * L * P, D), split over the samples."""
-    features = model.apply({"params": params}, pixel_values, ids, mask, method="encode_images")
+    features = model.apply(
+        {"params": params}, pixel_values, ids, mask, num_tiles, method="encode_images"
+    )
     return constrain(features, model.mesh, "batch", None, None)
 
 

@@ -1,0 +1,1 @@
+"""Answers to questions compared with reference answers: metrics, scores and a page of them."""
