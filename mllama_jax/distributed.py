@@ -1,9 +1,10 @@
 """Jobs of several processes: one on each host, all of them running the same command."""
 
+import importlib.util
 import os
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +12,57 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 _BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+_TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")
+
+
+def job_around(environment: Mapping[str, str]) -> str | None:
+    """What started this process as one of several, as far as the environment says; None if alone.
+
+    Cloud TPUs count as several even where a slice has one host: joining is then joining oneself.
+
+    Args:
+        environment: such as ``os.environ``.
+    """
+    sizes = {
+        "the environment": "JAX_NUM_PROCESSES",
+        "Slurm": "SLURM_STEP_NUM_TASKS",  # of srun; a batch script alone has 1
+        "Open MPI": "OMPI_COMM_WORLD_SIZE",
+    }
+    for name, variable in sizes.items():
+        if environment.get(variable, "1") != "1":
+            return name
+    if environment.get("JAX_PLATFORMS", "tpu").startswith("tpu") and _has_tpu():
+        return "Cloud TPU"
+    return None
+
+
+def _has_tpu() -> bool:
+    has_library = importlib.util.find_spec("libtpu") is not None
+    return has_library and any(map(os.path.exists, _TPU_DEVICES))
+
+
+def join_if_any(must: bool = False) -> None:
+    """`join_processes`, if this is one of several processes as far as `job_around` knows.
+
+    Says what was found: how many there are, and of how many devices.
+
+    Args:
+        must: it is one of several, whatever is known.
+
+    Raises:
+        ValueError: as `join_processes`.
+    """
+    around = job_around(os.environ)
+    if must or around:
+        join_processes()
+        found = f" ({around} says so)" if around else ""
+        print(
+            f"Process {jax.process_index()} of {jax.process_count()}{found}, with "
+            f"{jax.local_device_count()} of {jax.device_count()} devices",
+            flush=True,
+        )
 
 
 def join_processes() -> None:

@@ -12,9 +12,14 @@ from tiny_model import make_inputs, random_params
 
 import mllama_jax as mj
 from mllama_jax.sharding import param_shardings, parse_mesh, place
-from mllama_jax.train.config import LoraConfig, OptimizerConfig
-from mllama_jax.train.lora import init_adapters
-from mllama_jax.train.step import TrainState, init_state, make_optimizer, train_step
+from mllama_jax.train.settings import (
+    ComponentConfig,
+    LoraConfig,
+    OptimizerConfig,
+    Recipe,
+    TrainedConfig,
+)
+from mllama_jax.train.step import TrainState, start, train_step
 
 CONFIG = mj.MllamaConfig(
     {**VISION, "num_hidden_layers": 2, "num_global_layers": 1}
@@ -25,7 +30,11 @@ CONFIG = mj.MllamaConfig(
 # An eps that rounding of tiny gradients can't pass.
 SETTINGS = OptimizerConfig(learning_rate=1e-2, eps=1e-3)
 STEPS = 3
-LORA = LoraConfig(rank=2, targets=("language_model/*_proj", "vision_model/*fc2"))
+ALL = Recipe(STEPS, SETTINGS, TrainedConfig("all"))
+LORA = Recipe(
+    *(STEPS, SETTINGS, TrainedConfig("lora", vision_local=ComponentConfig("lora"))),
+    LoraConfig(rank=2, targets=("language_model/*_proj", "vision_model/*fc2")),
+)
 
 
 def make_batch() -> dict[str, np.ndarray]:
@@ -36,20 +45,18 @@ def make_batch() -> dict[str, np.ndarray]:
     return {**batch, "labels": np.where(learned, batch["input_ids"], -100)}
 
 
-def run(written: str | None, lora: LoraConfig | None) -> tuple[TrainState, dict[str, Any]]:
+def run(written: str | None, recipe: Recipe) -> tuple[TrainState, dict[str, Any]]:
     """Some steps from the same start; the state behind them, and what the compiler made of it."""
     mesh = parse_mesh(written) if written else None
     model = mj.MllamaForConditionalGeneration(CONFIG, remat="full", mesh=mesh, images_at_once=1)
     params = random_params(model)
     if mesh is not None:
         params = jax.device_put(params, param_shardings(model, mesh))
-    frozen = None if lora is None else params
-    trained = params if lora is None else init_adapters(model, lora, jax.random.key(0))
-    state = init_state(trained, make_optimizer(SETTINGS, STEPS), 0, mesh)
+    state, frozen = start(model, params, recipe, 0)
     batch = {
         name: place(x, mesh, "batch", *[None] * (x.ndim - 1)) for name, x in make_batch().items()
     }
-    options: Any = {"model": model, "config": SETTINGS, "steps": STEPS, "lora": lora}
+    options: Any = {"model": model, "recipe": recipe}
     compiled = train_step.lower(state, batch, frozen, **options).compile()
     results = jax.tree.leaves(compiled.output_shardings[0])
     leaves = jax.tree_util.tree_leaves_with_path(state)
@@ -90,8 +97,9 @@ def in_bfloat16() -> dict[str, Any]:
         return total / count
 
     expected = jax.jit(jax.grad(loss))(params)
-    state = init_state(params, make_optimizer(settings, 9), 0)
-    state, _ = train_step(state, batch, model=model, config=settings, steps=9)
+    recipe = Recipe(9, settings, TrainedConfig("all"))
+    state, frozen = start(model, params, recipe, 0)
+    state, _ = train_step(state, batch, frozen, model=model, recipe=recipe)
     found = jax.tree.map(lambda mu: mu / (1 - settings.b1), state.opt_state[1][0].mu)
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
     changes = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), state.params, before)
@@ -103,10 +111,10 @@ def in_bfloat16() -> dict[str, Any]:
 
 def on_meshes(cases: list[tuple[str, bool]]) -> list[dict[str, Any]]:
     """Steps on meshes, each with or without adapters, and how far they end from one device's."""
-    expected = {is_lora: run(None, LORA if is_lora else None) for _, is_lora in cases}
+    expected = {is_lora: run(None, LORA if is_lora else ALL) for _, is_lora in cases}
     found = []
     for mesh, is_lora in cases:
-        state, facts = run(mesh, LORA if is_lora else None)
+        state, facts = run(mesh, LORA if is_lora else ALL)
         whole, facts["expected"] = expected[is_lora]
         facts["errors"] = {
             name: max(

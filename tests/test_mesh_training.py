@@ -13,7 +13,7 @@ from tiny_run import write_records, write_start
 from training_processes import LORA_OF_TWO, config, losses
 
 import mllama_jax as mj
-from mllama_jax.train.config import LoraConfig
+from mllama_jax.train.config import LoraConfig, TrainedConfig
 from mllama_jax.train.loop import train
 
 SCRIPT = "training_processes.py"
@@ -66,7 +66,7 @@ def test_a_job_of_two_processes_is_gone_on_with_by_one(
     """On one device, which ends it with the merged model."""
     assert f"convert {folder}/two processes FOLDER` makes a model folder" in found["printed"]
     assert "Started again in one process, on a mesh of its own" in found["printed"]
-    run = config(folder, LORA_OF_TWO, lora=LoraConfig(rank=2))
+    run = config(folder, LORA_OF_TWO, trained=TrainedConfig("lora"), lora=LoraConfig(rank=2))
     shutil.rmtree(Path(run.output, "checkpoints", "4"))
     train(run)
     assert "Going on from step 2 of 4." in capfd.readouterr().out

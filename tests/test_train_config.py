@@ -3,15 +3,8 @@
 import pytest
 import yaml
 
-from mllama_jax.train.config import (
-    ConfigError,
-    DataConfig,
-    ModelConfig,
-    TrainConfig,
-    differences,
-    load_config,
-    to_yaml,
-)
+from mllama_jax.train.config import ConfigError, DataConfig, ModelConfig, TrainConfig
+from mllama_jax.train.config_file import differences, load_config, to_yaml
 
 TEXT = """
 output: runs/a

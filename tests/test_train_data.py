@@ -2,17 +2,24 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
+from pathlib import Path
+from typing import Any
 
+import grain
 import numpy as np
 import pytest
 from tiny_run import EXAMPLE, write_records
 
 from mllama_jax import MllamaProcessor
-from mllama_jax.train.config import DataConfig
-from mllama_jax.train.data import BatchPlan, Collator, make_dataset
+from mllama_jax.train.data.batches import Collator, HostBatch, make_dataset
+from mllama_jax.train.data.examples import Example, ExampleMaker
+from mllama_jax.train.data.plan import BatchPlan, PlannedBatch
+from mllama_jax.train.data.records import DataError, Record
+from mllama_jax.train.data.settings import DataConfig
+from mllama_jax.train.data.sources import Sources, open_sources, read_records
 from mllama_jax.train.evaluation import Answer, chosen, scores, table
-from mllama_jax.train.records import DataError, Record, read_records
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +28,20 @@ def example():
 
 
 @pytest.fixture(scope="module")
-def records(tmp_path_factory):
-    file = tmp_path_factory.mktemp("data") / "train.jsonl"
-    write_records(file)
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    write_records(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def records(file):
     return read_records(file)
+
+
+@pytest.fixture(scope="module")
+def sources(file):
+    return open_sources(DataConfig(str(file)))
 
 
 def record(*messages: tuple[str, str]) -> Record:
@@ -32,8 +49,58 @@ def record(*messages: tuple[str, str]) -> Record:
     return Record("here:1", "all", turns, ())
 
 
-def numbered(*image_counts: int) -> list[Record]:
-    return [Record(f"here:{i}", "all", (), ("x",) * n) for i, n in enumerate(image_counts)]
+def settings(*lengths: int, **values: Any) -> DataConfig:
+    return DataConfig("", lengths=lengths, **values)
+
+
+def examples(
+    processor: MllamaProcessor, records: Sequence[Record], *lengths: int, **values: Any
+) -> list[Example]:
+    make = ExampleMaker(processor, settings(*lengths, **values))
+    return [make(number, record) for number, record in enumerate(records)]
+
+
+def collated(
+    processor: MllamaProcessor, sources: Sources, numbers: Iterable[int], *lengths: int
+) -> dict[str, np.ndarray]:
+    """Arrays of some records as one batch."""
+    make = ExampleMaker(processor, settings(*lengths))
+    made = [make(number, sources.record(number)) for number in numbers]
+    longest = max(len(example.ids) for example in made)
+    length = next(length for length in lengths if length >= longest)
+    rows = [[example] for example in made]
+    batch = PlannedBatch(rows, length, max(example.num_images for example in made))
+    return Collator(processor, sources, make, range(len(made)))(batch).arrays
+
+
+def plan(
+    processor: MllamaProcessor, folder: Path, image_counts: Iterable[int], *run: int
+) -> BatchPlan:
+    """A plan over conversations with so many pictures each.
+
+    Args:
+        run: batch size, number of batches, seed.
+    """
+    file = folder / "numbered.jsonl"
+    picture = {"type": "image", "image": "data:image/png;base64,"}
+    lines = [
+        json.dumps(
+            {
+                "messages": [
+                    {"role": "user", "content": [picture] * count},
+                    {"role": "assistant", "content": "yes"},
+                ]
+            }
+        )
+        for count in image_counts
+    ]
+    file.write_text("\n".join(lines))
+    config = DataConfig(str(file), batch_size=run[0], lengths=(20, 64))
+    return BatchPlan(open_sources(config), ExampleMaker(processor, config), config, *run[1:])
+
+
+def names(batch: PlannedBatch) -> list[int]:
+    return [example.record for example in batch.examples]
 
 
 # Records
@@ -117,42 +184,43 @@ def test_lines_end_where_json_lines_end(tmp_path):
         read_records(file)
 
 
-# Which records stand together
+# Which examples stand together
 
 
-def test_an_epoch_holds_each_record_once_and_the_next_has_another_order():
-    plan = BatchPlan(numbered(*[0, 1, 2, 1] * 6), batch_size=4, num_batches=12, seed=3)
-    batches = [[record.where for record in plan[i]] for i in range(len(plan))]
+def test_an_epoch_holds_each_record_once_and_the_next_has_another_order(example, tmp_path):
+    planned = plan(example, tmp_path, [0, 1, 2, 1] * 6, 4, 12, 3)
+    batches = [names(planned[i]) for i in range(len(planned))]
     for epoch in (batches[:6], batches[6:]):
         assert set(Counter(chain.from_iterable(epoch)).values()) == {1}
     assert batches[:6] != batches[6:]
 
 
-def test_batches_follow_from_their_number_and_the_seed():
-    records = numbered(*range(10))
-    plan, same = (BatchPlan(records, 3, 9, seed=1) for _ in range(2))
-    forwards = [plan[i] for i in range(9)]
-    assert forwards == [same[i] for i in reversed(range(9))][::-1]
-    other = BatchPlan(records, 3, 9, seed=2)
-    assert forwards != [other[i] for i in range(9)]
+def test_batches_follow_from_their_number_and_the_seed(example, tmp_path):
+    one, same = (plan(example, tmp_path, range(10), 3, 9, 1) for _ in range(2))
+    forwards = [names(one[i]) for i in range(9)]
+    assert forwards == [names(same[i]) for i in reversed(range(9))][::-1]
+    other = plan(example, tmp_path, range(10), 3, 9, 2)
+    assert forwards != [names(other[i]) for i in range(9)]
 
 
-def test_records_with_equally_many_pictures_stand_together():
-    plan = BatchPlan(numbered(*[0] * 8 + [1] * 8 + [2] * 8), batch_size=4, num_batches=6, seed=0)
+def test_examples_with_equally_many_pictures_and_of_one_length_stand_together(example, tmp_path):
+    planned = plan(example, tmp_path, [0] * 8 + [1] * 8 + [8] * 8, 4, 6, 0)
+    shapes = [(planned[i].num_images, planned[i].length) for i in range(6)]
+    assert Counter(shapes) == {(0, 20): 2, (1, 20): 2, (8, 64): 2}
     for index in range(6):
-        assert len({len(record.images) for record in plan[index]}) == 1
+        assert len({example.num_images for example in planned[index].examples}) == 1
 
 
-def test_too_few_records_for_a_batch_are_refused():
+def test_too_few_records_for_a_batch_are_refused(example, tmp_path):
     with pytest.raises(DataError, match=r"data\.batch_size=4"):
-        BatchPlan(numbered(0, 0, 0), batch_size=4, num_batches=1, seed=0)
+        plan(example, tmp_path, [0, 0, 0], 4, 1, 0)
 
 
 # Arrays
 
 
-def test_only_the_answers_are_learned(example, records):
-    batch = Collator(example, (26, 40))(records[:6])
+def test_only_the_answers_are_learned(example, sources, records):
+    batch = collated(example, sources, range(6), 26, 40)
     labels, ids = batch["labels"], batch["input_ids"]
     learned = labels != -100
     np.testing.assert_array_equal(labels[learned], ids[learned])
@@ -163,6 +231,28 @@ def test_only_the_answers_are_learned(example, records):
     assert batch["pixel_values"].shape[:2] == (6, 1)
 
 
+def test_arrays_are_those_that_the_processor_makes(example, sources, records):
+    expected = example(
+        images=[list(record.images) for record in records[:6]],
+        text=[example.apply_chat_template(list(record.messages)) for record in records[:6]],
+        padding="max_length",
+        max_length=40,
+        padding_side="right",
+        return_tensors="np",
+    )
+    found = collated(example, sources, range(6), 40)
+    assert found.keys() == {*expected, "labels"}
+    for name, values in expected.items():
+        np.testing.assert_array_equal(found[name], values, err_msg=name)
+
+
+def test_everything_but_pictures_is_learned_if_asked_for(example, records):
+    [made] = examples(example, records[1:2], 40, loss_on="all")
+    is_image = made.ids == example.image_token_id
+    assert is_image.sum() == 1
+    np.testing.assert_array_equal(made.labels, np.where(is_image, -100, made.ids))
+
+
 def test_every_answer_of_a_conversation_is_learned_and_nothing_else(example):
     turns = (
         ("system", "Be brief."),
@@ -171,35 +261,43 @@ def test_every_answer_of_a_conversation_is_learned_and_nothing_else(example):
         ("user", "<|eot_id|>And 4?"),
         ("assistant", "It is even."),
     )
-    batch = Collator(example, (128,))([record(*turns)])
-    [labels] = batch["labels"]
-    assert example.decode(labels[labels != -100]) == "It is odd.<|eot_id|>It is even.<|eot_id|>"
+    [made] = examples(example, [record(*turns)], 128)
+    learned = made.labels[made.labels != -100]
+    assert example.decode(learned) == "It is odd.<|eot_id|>It is even.<|eot_id|>"
 
 
 def test_a_prompt_without_its_answer_has_the_ids_that_training_saw(example, records):
-    batch = Collator(example, (40,))(records[1:2])
+    [made] = examples(example, records[1:2], 40)
     prompt = example.apply_chat_template(list(records[1].question), add_generation_prompt=True)
     ids = example.tokenizer.encode(prompt)
-    assert batch["input_ids"][0, : len(ids)].tolist() == ids
-    assert batch["labels"][0, len(ids) - 1] == -100
-    assert batch["labels"][0, len(ids)] != -100
+    assert made.ids[: len(ids)].tolist() == ids
+    assert made.labels[len(ids) - 1] == -100
+    assert made.labels[len(ids)] != -100
 
 
 def test_bos_that_the_template_leaves_out_shifts_nothing(example):
     template = example.chat_template.replace("{{- bos_token }}", "")
     bare = MllamaProcessor(example.image_processor, example.tokenizer, chat_template=template)
     one = record(("user", "Is 3 even or odd?"), ("assistant", "It is odd."))
-    expected, found = (Collator(p, (40,))([one]) for p in (example, bare))
-    np.testing.assert_array_equal(found["input_ids"], expected["input_ids"])
-    np.testing.assert_array_equal(found["labels"], expected["labels"])
+    [expected], [found] = (examples(p, [one], 40) for p in (example, bare))
+    np.testing.assert_array_equal(found.ids, expected.ids)
+    np.testing.assert_array_equal(found.labels, expected.labels)
 
 
-def test_rows_are_padded_to_the_smallest_length_that_fits(example, records):
-    pictured = [record for record in records if record.images]
-    assert Collator(example, (26, 40, 64))(pictured[:3])["input_ids"].shape == (3, 26)
-    assert Collator(example, (8, 40, 64))(pictured[:3])["input_ids"].shape == (3, 40)
-    with pytest.raises(DataError, match=r"train\.jsonl:2: \d+ tokens"):
-        Collator(example, (8,))(records[1:2])
+def test_rows_are_padded_to_the_smallest_length_that_fits(example, file):
+    def lengths(*allowed: int) -> set[int]:
+        config = DataConfig(str(file), batch_size=6, lengths=allowed)
+        make = ExampleMaker(example, config)
+        planned = BatchPlan(open_sources(config), make, config, 4, 0)
+        return {planned[i].length for i in range(4)}
+
+    assert lengths(20, 40, 64) == {20, 40}
+    assert lengths(8, 40, 64) == {40}
+
+
+def test_conversations_that_are_too_long_are_refused(example, records):
+    with pytest.raises(DataError, match=r"train\.jsonl:2: \d+ tokens, longer than .*lengths, 8"):
+        examples(example, records[1:2], 8)
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(example):
@@ -207,7 +305,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(example):
     odd = MllamaProcessor(example.image_processor, example.tokenizer, chat_template=template)
     one = record(("user", "a"), ("assistant", "b"))
     with pytest.raises(DataError, match=r"here:1: messages\[1\]: the chat template"):
-        Collator(odd, (40,))([one])
+        examples(odd, [one], 40)
 
 
 def with_template(example, template):
@@ -217,13 +315,13 @@ def with_template(example, template):
 def test_a_conversation_that_the_template_refuses_is_named(example):
     strict = with_template(example, "{{ raise_exception('no system, please') }}")
     with pytest.raises(DataError, match=r"here:1: .*no system, please"):
-        Collator(strict, (40,))([record(("user", "a"), ("assistant", "b"))])
+        examples(strict, [record(("user", "a"), ("assistant", "b"))], 40)
 
 
 def test_a_template_that_loses_pictures_is_refused(example, records):
     blind = with_template(example, example.chat_template.replace("<|image|>", ""))
     with pytest.raises(DataError, match=r"train\.jsonl:2: .* 0 <\|image\|> for 1 pictures"):
-        Collator(blind, (40,))(records[1:2])
+        examples(blind, records[1:2], 40)
 
 
 def test_answers_without_any_token_are_refused(example):
@@ -232,36 +330,45 @@ def test_answers_without_any_token_are_refused(example):
         "{{ bos_token }}{% for message in messages %}{{ message['content'] }}\n{% endfor %}",
     )
     one = record(("user", "a"), ("assistant", "b"))
-    [labels] = Collator(endless, (8,))([one])["labels"]
-    assert example.decode(labels[labels != -100]) == "b\n"
+    [made] = examples(endless, [one], 8)
+    assert example.decode(made.labels[made.labels != -100]) == "b\n"
     silent = with_template(endless, endless.chat_template.replace("\n", ""))
     with pytest.raises(DataError, match=r"here:1: there is nothing to learn"):
-        Collator(silent, (8,))([record(("user", "a"), ("assistant", ""))])
+        examples(silent, [record(("user", "a"), ("assistant", ""))], 8)
 
 
 def test_templates_are_told_one_fixed_date(example):
     dated = with_template(example, "{{ date_string }}" + example.chat_template)
     one = record(("user", "a"), ("assistant", "b"))
     texts = [
-        example.decode(batch["input_ids"][0], skip_special_tokens=True)
-        for batch in (Collator(dated, (60,))([one]), Collator(dated, (60,), "1 May 2031")([one]))
+        example.decode(made.ids, skip_special_tokens=True)
+        for [made] in (
+            examples(dated, [one], 60),
+            examples(dated, [one], 60, date_string="1 May 2031"),
+        )
     ]
     assert texts[0].startswith("26 Jul 2024")
     assert texts[1].startswith("1 May 2031")
 
 
-def test_a_restored_iterator_goes_on_with_the_batches_that_would_have_come(example, records):
-    config = DataConfig("", batch_size=4, lengths=(40,))
-    dataset = make_dataset(records, example, config, steps=7, seed=5)
-    iterator = iter(dataset)
+def test_a_restored_iterator_goes_on_with_the_batches_that_would_have_come(example, sources):
+    def dataset() -> grain.IterDataset:
+        return make_dataset(
+            sources, example, settings(40, batch_size=4), steps=17, seed=5, rows=range(4)
+        )
+
+    def rest_of(iterator: Iterator[HostBatch]) -> list[np.ndarray]:
+        return [batch.arrays["input_ids"] for batch in iterator]
+
+    iterator = iter(dataset())
     for _ in range(3):
         next(iterator)
     place = iterator.get_state()
-    rest = [batch["input_ids"] for batch in iterator]
-    other = iter(make_dataset(records, example, config, steps=7, seed=5))
+    rest = rest_of(iterator)
+    other = iter(dataset())
     other.set_state(place)
-    np.testing.assert_array_equal([batch["input_ids"] for batch in other], rest)
-    assert len(rest) == 4
+    np.testing.assert_array_equal(rest_of(other), rest)
+    assert len(rest) == 14
 
 
 # Scores

@@ -17,6 +17,13 @@ TILE = 12
 
 def write_start(folder: Path) -> None:
     """The example's tokenizer and template around a model of a few thousand parameters."""
+    write_processor(folder)
+    model = mj.MllamaForConditionalGeneration(tiny_config())
+    model.save_pretrained(model.init_params(jax.random.key(0)), folder)
+
+
+def write_processor(folder: Path) -> None:
+    """The example's tokenizer and template, with small tiles."""
     folder.mkdir()
     for name in (
         *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
@@ -26,6 +33,10 @@ def write_start(folder: Path) -> None:
     image_settings = json.loads((EXAMPLE / "model" / "preprocessor_config.json").read_text())
     image_settings["size"] = {"height": TILE, "width": TILE}
     (folder / "preprocessor_config.json").write_text(json.dumps(image_settings))
+
+
+def tiny_config() -> mj.MllamaConfig:
+    """Of a model for this tokenizer and these tiles."""
     example = mj.MllamaConfig.from_pretrained(EXAMPLE / "model")
     text = {
         **example.text_config.to_dict(),
@@ -47,9 +58,7 @@ def write_start(folder: Path) -> None:
         "image_size": TILE,
         "patch_size": 4,
     }
-    config = mj.MllamaConfig(vision, text, image_token_index=example.image_token_id)
-    model = mj.MllamaForConditionalGeneration(config)
-    model.save_pretrained(model.init_params(jax.random.key(0)), folder)
+    return mj.MllamaConfig(vision, text, image_token_index=example.image_token_id)
 
 
 def write_records(file: Path, count: int = 24, text_only: bool = True) -> None:
@@ -73,3 +82,15 @@ def write_records(file: Path, count: int = 24, text_only: bool = True) -> None:
             ]
             kind = "text only" if isinstance(content, str) else "seen"
             out.write(json.dumps({"kind": kind, "messages": messages}) + "\n")
+
+
+def metrics(folder: Path) -> list[dict]:
+    """What a run has written of its steps and evaluations."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_end(folder: Path, whole: Path) -> None:
+    """Bit for bit the same numbers of every step, and the same weights."""
+    assert metrics(folder) == metrics(whole)
+    weights = Path("model") / "model.safetensors"
+    assert (folder / weights).read_bytes() == (whole / weights).read_bytes()

@@ -21,11 +21,15 @@ from mllama_jax.train.config import (
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
+    TrainedConfig,
 )
 from mllama_jax.train.loop import train
-from mllama_jax.train.step import init_state, make_optimizer
+from mllama_jax.train.settings import Recipe
+from mllama_jax.train.step import start
+from mllama_jax.train.stopping import Stopped
 
 LORA_OF_TWO = "lora, two processes"
+STEPS_OF_TWO = 120
 
 
 def config(folder: Path, output: str, **changes: Any) -> TrainConfig:
@@ -34,6 +38,7 @@ def config(folder: Path, output: str, **changes: Any) -> TrainConfig:
         steps=4,
         log_every=1,
         model=ModelConfig(str(folder / "start"), remat="full"),
+        trained=TrainedConfig("all"),
         data=DataConfig(train=str(folder / "train.jsonl"), batch_size=8, lengths=(32,)),
         optimizer=OptimizerConfig(learning_rate=1e-2, max_grad_norm=1.0),
         checkpoint=CheckpointConfig(every=2, keep=2),
@@ -49,7 +54,7 @@ def losses(folder: str | Path) -> list[list[float]]:
 def eight_devices(folder: Path) -> dict[str, Any]:
     """Whole runs on one device and on meshes, and one that changes its mesh on the way."""
     found: dict[str, Any] = {}
-    lora = {"lora": LoraConfig(rank=2)}
+    lora = {"trained": TrainedConfig("lora"), "lora": LoraConfig(rank=2)}
     runs = {
         "one device": {},
         "fsdp=8": {"mesh": "fsdp=8"},
@@ -79,8 +84,8 @@ def eight_devices(folder: Path) -> dict[str, Any]:
 def state_bytes(folder: Path, written: str) -> list[float]:
     """Of parameters and moments: the whole, and the largest part of a device times their number."""
     mesh = parse_mesh(written)
-    _, params = mj.MllamaForConditionalGeneration.from_pretrained(folder / "start", mesh=mesh)
-    state = init_state(params, make_optimizer(OptimizerConfig(), 4), 0, mesh)
+    model, params = mj.MllamaForConditionalGeneration.from_pretrained(folder / "start", mesh=mesh)
+    state, _ = start(model, params, Recipe(4, trained=TrainedConfig("all")), 0)
     paths = jax.tree_util.tree_leaves_with_path((state.params, state.opt_state))
     # Eight devices do not divide the 395 tokens that the example's tokenizer knows.
     leaves = [leaf for path, leaf in paths if leaf.ndim and "lm_head" not in str(path)]
@@ -96,13 +101,37 @@ def one_of_two(folder: Path, index: str, port: str) -> dict[str, Any]:
     run = config(folder, "two processes", mesh="fsdp=4")
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         train(run)
-        train(config(folder, LORA_OF_TWO, mesh="fsdp=4", lora=LoraConfig(rank=2)))
+        lora = {"trained": TrainedConfig("lora"), "lora": LoraConfig(rank=2)}
+        train(config(folder, LORA_OF_TWO, mesh="fsdp=4", **lora))
     found: dict[str, Any] = {"two processes": losses(run.output), "printed": printed.getvalue()}
     try:
         train(replace(run, steps=5 + int(index)))
     except ValueError as error:
         found["differ"] = str(error)
     return found
+
+
+def preempted(folder: Path, index: str, port: str, output: str) -> dict[str, Any]:
+    """A run on the devices of two processes, and how it was stopped."""
+    jax.distributed.initialize(f"localhost:{port}", 2, int(index))
+    try:
+        train(_of_two(folder, output))
+    except Stopped as stopped:
+        return {"signal": stopped.signal.name, "step": stopped.step, "steps": STEPS_OF_TWO}
+    return {}
+
+
+def undisturbed(folder: Path, index: str, port: str, output: str) -> None:
+    """Ends that run, and does another from the beginning."""
+    jax.distributed.initialize(f"localhost:{port}", 2, int(index))
+    train(_of_two(folder, output))
+    train(_of_two(folder, str(Path(output).with_name("whole"))))
+
+
+def _of_two(folder: Path, output: str) -> TrainConfig:
+    return config(
+        *(folder, output), mesh="fsdp=2", steps=STEPS_OF_TWO, checkpoint=CheckpointConfig(every=50)
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Answers to held-out questions, compared word for word."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,8 @@ from mllama_jax.pretrained import Params
 from mllama_jax.processing.batch_feature import BatchFeature
 from mllama_jax.processing.processor import MllamaProcessor
 from mllama_jax.train.config import DataConfig, EvaluationConfig
-from mllama_jax.train.records import Record
+from mllama_jax.train.data.pictures import readable
+from mllama_jax.train.data.records import Record
 
 
 @dataclass(frozen=True)
@@ -34,17 +35,21 @@ def answer_records(
     records: Sequence[Record],
     config: EvaluationConfig,
     date_string: str = DataConfig.date_string,
+    is_stopped: Callable[[], bool] = lambda: False,
 ) -> list[Answer]:
     """The model's greedy answers to the records' questions, in the records' order.
 
     Of more than `config.limit` records, so many are asked, evenly spread. The chat template is told
-    that `date_string` is today's date.
+    that `date_string` is today's date. There are no answers at all if `is_stopped` says so between
+    two batches.
     """
     asked = chosen(records, config.limit)
     # Equally many pictures stand together, so that few picture slots are padding.
     order = sorted(range(len(asked)), key=lambda i: len(asked[i].images))
     answers: dict[int, Answer] = {}
     for start in range(0, len(order), config.batch_size):
+        if is_stopped():
+            return []
         batch = order[start : start + config.batch_size]
         # The last batch is filled up with one question again, for the sake of its shape.
         filled = batch + batch[-1:] * (config.batch_size - len(batch))
@@ -75,7 +80,7 @@ def _prompts(
         )
         for record in records
     ]
-    images = [list(record.images) for record in records]
+    images = [[readable(picture) for picture in record.images] for record in records]
     return processor(images=images, text=texts, padding=True, return_tensors="np")
 
 

@@ -1,6 +1,6 @@
 """Low-rank adapters: which projections have one, their parameters, and merging them.
 
-The model adds an adapter where it finds one in the collection "lora"
+The model adds an adapter where it finds one beside a kernel, as parameters "a" and "b"
 (`mllama_jax.layers.Projection`); its own parameters stay as they are.
 """
 
@@ -16,7 +16,8 @@ from jax.sharding import NamedSharding
 
 from mllama_jax.pretrained import Params, PretrainedModule
 from mllama_jax.sharding import param_axes, partition_spec
-from mllama_jax.train.config import LoraConfig
+from mllama_jax.train.components import component_of, joined
+from mllama_jax.train.settings import LoraConfig, Recipe
 
 Path = tuple[str, ...]
 
@@ -34,34 +35,49 @@ class Adapter:
     b_axes: tuple[str | None, ...]
 
 
-def adapters_of(model: PretrainedModule, config: LoraConfig) -> dict[Path, Adapter]:
-    """The adapters that the configuration asks for, by the projection's path.
+def num_input_axes(projection: Path) -> int:
+    """How many axes of a projection's kernel, without that of stacked layers, are inputs."""
+    return _CONTRACTED.get(projection[-1], 1)
+
+
+def adapters_of(model: PretrainedModule, recipe: Recipe) -> dict[Path, Adapter]:
+    """The adapters that a recipe asks for, by the projection's path; none if no mode is lora.
 
     Raises:
-        ValueError: a pattern of ``config.targets`` matches no projection; names those that exist.
+        ValueError: a component whose mode is lora has no projections; a pattern of ``lora.targets``
+            matches none of these components' projections: names those that exist.
     """
+    components = {name for name, mode in recipe.trained.modes.items() if mode == "lora"}
+    if not components:
+        return {}
     shapes = flax.traverse_util.flatten_dict(model.param_shapes())
     axes = flax.traverse_util.flatten_dict(param_axes(model))
     kernels = {path[:-1]: path for path in shapes if path[-1] == "kernel"}
-    names = {"/".join(path): path for path in kernels}
+    owners = {path: component_of(model, path) for path in kernels}
+    if without := components - set(owners.values()):
+        raise ValueError(
+            f"trained: {', '.join(sorted(without))} can't have mode lora: there are no projections "
+            "in it; expected frozen or full"
+        )
+    names = {"/".join(path): path for path in kernels if owners[path] in components}
     chosen: set[Path] = set()
-    for pattern in config.targets:
+    for pattern in recipe.lora.targets:
         matching = fnmatch.filter(names, pattern)
         if not matching:
             raise ValueError(
-                f"lora.targets: {pattern!r} matches no projection; there are:\n  "
-                + "\n  ".join(sorted(names))
+                f"lora.targets: {pattern!r} matches no projection of "
+                f"{', '.join(sorted(components))}; there are:\n  " + "\n  ".join(sorted(names))
             )
         chosen |= {names[name] for name in matching}
     return {
-        path: _adapter(path, shapes[kernels[path]].shape, axes[kernels[path]], config.rank)
+        path: _adapter(path, shapes[kernels[path]].shape, axes[kernels[path]], recipe.lora.rank)
         for path in sorted(chosen)
     }
 
 
 def _adapter(path: Path, shape: tuple[int, ...], axes: tuple[str, ...], rank: int) -> Adapter:
     stacked = int(axes[0] == "layers")
-    inputs = stacked + _CONTRACTED.get(path[-1], 1)
+    inputs = stacked + num_input_axes(path)
     return Adapter(
         a=(*shape[:inputs], rank),
         b=(*shape[:stacked], rank, *shape[inputs:]),
@@ -70,13 +86,13 @@ def _adapter(path: Path, shape: tuple[int, ...], axes: tuple[str, ...], rank: in
     )
 
 
-def init_adapters(model: PretrainedModule, config: LoraConfig, key: jax.Array) -> Params:
+def init_adapters(model: PretrainedModule, recipe: Recipe, key: jax.Array) -> Params:
     """Adapters that change nothing yet, float32, split over the model's mesh as the kernels are.
 
     a is uniform within ±1/sqrt(inputs), b is zero.
     Source: PEFT 0.18.1, tuners/lora/layer.py: reset_lora_parameters.
     """
-    adapters = adapters_of(model, config)
+    adapters = adapters_of(model, recipe)
 
     def init(key: jax.Array) -> Params:
         keys = jax.random.split(key, len(adapters))
@@ -90,7 +106,7 @@ def init_adapters(model: PretrainedModule, config: LoraConfig, key: jax.Array) -
             }
         )
 
-    return jax.jit(init, out_shardings=adapter_shardings(model, config))(key)
+    return jax.jit(init, out_shardings=adapter_shardings(model, recipe))(key)
 
 
 def _uniform(key: jax.Array, adapter: Adapter) -> jax.Array:
@@ -99,7 +115,7 @@ def _uniform(key: jax.Array, adapter: Adapter) -> jax.Array:
     return jax.random.uniform(key, adapter.a, jnp.float32, -limit, limit)
 
 
-def adapter_shardings(model: PretrainedModule, config: LoraConfig) -> Any:
+def adapter_shardings(model: PretrainedModule, recipe: Recipe) -> Any:
     """A `NamedSharding` for every array of the adapters, None without a mesh."""
     mesh = model.mesh
     if mesh is None:
@@ -110,32 +126,42 @@ def adapter_shardings(model: PretrainedModule, config: LoraConfig) -> Any:
                 "a": NamedSharding(mesh, partition_spec(adapter.a_axes, adapter.a, mesh)),
                 "b": NamedSharding(mesh, partition_spec(adapter.b_axes, adapter.b, mesh)),
             }
-            for path, adapter in adapters_of(model, config).items()
+            for path, adapter in adapters_of(model, recipe).items()
         }
     )
 
 
-def collection(adapters: Params, config: LoraConfig) -> Params:
-    """The collection "lora" that the model is called with: b times ``alpha / rank``."""
-    flat = flax.traverse_util.flatten_dict(adapters)
+def scaled(params: Params, config: LoraConfig) -> Params:
+    """The tree that the model is called with: the adapters' b times ``alpha / rank``."""
     scale = config.alpha / config.rank
-    return flax.traverse_util.unflatten_dict(
-        {path: leaf * scale if path[-1] == "b" else leaf for path, leaf in flat.items()}
-    )
+    flat = flax.traverse_util.flatten_dict(params)
+    return _tree({path: leaf * scale if path[-1] == "b" else leaf for path, leaf in flat.items()})
 
 
-def merged(params: Params, adapters: Params, config: LoraConfig) -> Params:
-    """Parameters that compute alone what they and the adapters compute together.
+def merged(params: Params, trained: Params, config: LoraConfig) -> Params:
+    """A whole model's parameters, which compute alone what they and the adapters compute together.
 
     Each kernel's sum is made in float32 and rounded once, to the kernel's dtype.
+
+    Args:
+        params: those that are not trained themselves.
+        trained: the others, and adapters.
+        config: the adapters'.
+
+    Raises:
+        ValueError: a kernel with an adapter is quantised.
     """
-    flat = flax.traverse_util.flatten_dict(params)
-    scaled = flax.traverse_util.flatten_dict(collection(adapters, config))
-    for path in {path[:-1] for path in scaled}:
-        kernel, a, b = flat[*path, "kernel"], scaled[*path, "a"], scaled[*path, "b"]
+    flat = flax.traverse_util.flatten_dict(joined(params, scaled(trained, config)))
+    for path in [path[:-1] for path in flat if path[-1] == "a"]:
+        kernel, a, b = flat[*path, "kernel"], flat.pop((*path, "a")), flat.pop((*path, "b"))
+        if jnp.issubdtype(kernel.dtype, jnp.integer):
+            raise ValueError(
+                f"{'/'.join(path)}/kernel is quantised ({kernel.dtype}): merge adapters into the "
+                "parameters as they are loaded without quantise"
+            )
         total = kernel.astype(jnp.float32) + _product(a, b, kernel.ndim)
         flat[*path, "kernel"] = total.astype(kernel.dtype)
-    return flax.traverse_util.unflatten_dict(flat)
+    return _tree(flat)
 
 
 def _product(a: jax.Array, b: jax.Array, kernel_ndim: int) -> jax.Array:

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
@@ -14,8 +13,8 @@ Numbers = Mapping[str, float | int]
 
 
 class MetricsFile:
-    """JSON lines, each with its ``step``: the numbers of training, and behind them those of an
-    evaluation if there was one."""
+    """JSON lines, each with its ``step``: numbers of steps, and behind those of a step the ones of
+    an evaluation if there was one."""
 
     def __init__(self, file: epath.PathLike, resumed_step: int):
         """Drops what a run that goes on from `resumed_step` will write again.
@@ -42,52 +41,51 @@ def _is_kept(line: str, resumed_step: int) -> bool:
         numbers = json.loads(line)
     except ValueError:  # the line that was being written when the run was stopped
         return False
-    return numbers["step"] < resumed_step + ("loss" in numbers)
+    is_evaluation = any(name.startswith(("eval_", "accuracy/")) for name in numbers)
+    return numbers["step"] < resumed_step + (not is_evaluation)
 
 
 def replace_text(file: epath.Path, text: str) -> None:
     """Writes a file so that, killed at any moment, it holds the earlier text or the new one."""
+    replace_bytes(file, text.encode())
+
+
+def replace_bytes(file: epath.Path, content: bytes) -> None:
+    """As `replace_text`."""
     unfinished = file.with_name(f".{file.name}.incomplete")
-    unfinished.write_text(text)
+    unfinished.write_bytes(content)
     unfinished.replace(file)
 
 
 class Progress:
     """A bar on a terminal, plain lines anywhere else.
 
-    Use as a context manager around the steps. Speeds are of the steps since the last report.
+    Use as a context manager around the steps.
     """
 
-    def __init__(self, first_step: int, last_step: int, examples_per_step: int):
+    def __init__(self, first_step: int, last_step: int):
         self._last_step = last_step
-        self._examples_per_step = examples_per_step
-        self._reported_step, self._reported_at = first_step, time.monotonic()
         self._bar = (
             tqdm.tqdm(total=last_step, initial=first_step, unit="step", dynamic_ncols=True)
             if sys.stderr.isatty()
             else None
         )
 
-    def report(self, step: int, numbers: Numbers) -> None:
-        """Shows loss, learning rate, gradient norm and examples a second at `step`."""
-        now = time.monotonic()
-        steps = step - self._reported_step
-        speed = steps * self._examples_per_step / max(now - self._reported_at, 1e-9)
+    def report(self, step: int, numbers: Numbers, speed: str) -> None:
+        """Shows loss, learning rate, gradient norm and labels at `step`, and how fast it went."""
         text = (
             f"loss {numbers['loss']:.4f}  lr {numbers['learning_rate']:.2e}  "
-            f"grad {numbers['grad_norm']:.3f}  labels {numbers['labels']:.0f}  {speed:.1f} ex/s"
+            f"grad {numbers['grad_norm']:.3f}  labels {numbers['labels']:.0f}  {speed}"
         )
         if self._bar is None:
             print(f"step {step}/{self._last_step}  {text}", flush=True)
         else:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
-        self._reported_step, self._reported_at = step, now
 
     def say(self, text: str) -> None:
-        """Prints something between the progress lines, and leaves its time out of the speed."""
+        """Prints something between the progress lines."""
         tqdm.tqdm.write(text) if self._bar is not None else print(text, flush=True)
-        self._reported_at = time.monotonic()
 
     def __enter__(self) -> Self:
         return self

@@ -1,9 +1,10 @@
-"""One training step: loss, gradients, AdamW. Pure functions over one state."""
+"""One training step: loss, gradients, update. Pure functions over one state."""
 
 from functools import partial
 from typing import Any, cast
 
 import flax.struct
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import optax
@@ -11,9 +12,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mllama_jax.pretrained import Params, PretrainedModule
 from mllama_jax.shapes import Array
-from mllama_jax.sharding import param_shardings
-from mllama_jax.train.config import LoraConfig, OptimizerConfig
-from mllama_jax.train.lora import adapter_shardings, collection
+from mllama_jax.sharding import constrain, num_parts, param_shardings
+from mllama_jax.train.components import joined, split
+from mllama_jax.train.lora import adapter_shardings, init_adapters, scaled
+from mllama_jax.train.optimizers import learning_rates, make_optimizer
+from mllama_jax.train.settings import Recipe
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
@@ -23,14 +26,33 @@ Metrics = dict[str, Array]
 class TrainState:
     """All that changes from step to step on the device.
 
-    ``step`` counts the updates made (int32 scalar); ``params`` are those that are trained: the
-    model's, or adapters; ``rng`` is a key that steps draw from.
+    ``step`` counts the steps (int32 scalar), ``skipped`` those of them that changed nothing;
+    ``params`` are those that are trained, of the model and of adapters beside them; ``rng`` is a
+    key that steps draw from.
     """
 
     step: Array
     params: Params
     opt_state: optax.OptState
     rng: Array
+    skipped: Array
+
+
+def start(
+    model: PretrainedModule, params: Params, recipe: Recipe, seed: int
+) -> tuple[TrainState, Params]:
+    """The state before the first step, and the parameters that stay as they are.
+
+    The state holds the given arrays themselves, not copies of them: the first step takes their
+    memory over.
+
+    Raises:
+        ValueError: what the recipe names to be trained can't be.
+    """
+    trained, frozen = split(model, params, recipe.trained)
+    adapters = init_adapters(model, recipe, jax.random.key(seed))
+    optimizer = make_optimizer(model, recipe)
+    return init_state(joined(trained, adapters), optimizer, seed, model.mesh), frozen
 
 
 def init_state(
@@ -47,7 +69,7 @@ def init_state(
             lambda x: x.sharding, placed_like(jax.eval_shape(make, params), params)
         )
     step, opt_state, rng = jax.jit(make, out_shardings=shardings)(params)
-    return TrainState(step=step, params=params, opt_state=opt_state, rng=rng)
+    return TrainState(step, params, opt_state, rng, skipped=jnp.zeros_like(step))
 
 
 def placed_like(tree: Any, params: Params) -> Any:
@@ -55,110 +77,127 @@ def placed_like(tree: Any, params: Params) -> Any:
 
     Args:
         tree: of `jax.ShapeDtypeStruct`, such as an optimizer's state; what belongs to no parameter
-            is whole on every device.
+            is whole on every device, and so are sums over a parameter's rows or columns.
         params: arrays, or shapes, with shardings on one mesh.
     """
     places = {
-        jax.tree_util.keystr(path): leaf.sharding
+        jax.tree_util.keystr(path): (leaf.shape, leaf.sharding)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
-    whole = NamedSharding(next(iter(places.values())).mesh, PartitionSpec())
+    mesh = next(iter(places.values()))[1].mesh
+    whole = NamedSharding(mesh, PartitionSpec())
 
     def place(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         name = jax.tree_util.keystr(path)
-        sharding = next((s for end, s in places.items() if name.endswith(end)), whole)
+        shape, sharding = next((p for end, p in places.items() if name.endswith(end)), ((), whole))
+        sharding = sharding if shape == leaf.shape else whole
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def learning_rates(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0 to the peak, then a cosine down to ``final_fraction`` of it."""
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if config.warmup_steps else config.learning_rate,
-        peak_value=config.learning_rate,
-        warmup_steps=config.warmup_steps,
-        decay_steps=steps,
-        end_value=config.learning_rate * config.final_fraction,
-    )
-
-
-def decayed(params: Params) -> Params:
-    """True for the parameters under weight decay: kernels and adapters.
-
-    Norms, biases, gates and embeddings (token, class, position and tile) are left alone.
-    """
-    return jax.tree.map_with_path(lambda path, _: path[-1].key in ("kernel", "a", "b"), params)
-
-
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW behind a clip of the global gradient norm."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
-        optax.adamw(
-            learning_rates(config, steps),
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=decayed,
-        ),
-    )
-
-
-@partial(jax.jit, static_argnames=("model", "config", "steps", "lora"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("model", "recipe"), donate_argnames="state")
 def train_step(
-    state: TrainState,
-    batch: Batch,
-    frozen: Params | None = None,
-    *,
-    model: PretrainedModule,
-    config: OptimizerConfig,
-    steps: int,
-    lora: LoraConfig | None = None,
+    state: TrainState, batch: Batch, frozen: Params, *, model: PretrainedModule, recipe: Recipe
 ) -> tuple[TrainState, Metrics]:
     """One update; the given state's memory is taken over.
+
+    If loss or gradients are not finite, or no label counts, nothing changes but ``state.step``
+    and ``state.skipped``.
 
     Args:
         state: before the step.
         batch: the model's inputs and ``labels`` (B, T), -100 where nothing is learned.
-        frozen: the model's parameters, where adapters are trained.
-        model, config, steps: the model, and what `make_optimizer` is given.
-        lora: of the adapters in ``state.params``; None trains the model's parameters.
+        frozen: the parameters that are not in ``state.params``; they may be quantised.
+        model, recipe: the model, and what is done with it.
 
     Returns:
-        The state after the step, and scalars: ``loss``, the mean over the labels that count;
-        ``labels``, their number (int32); ``grad_norm``, the global norm before clipping;
-        ``learning_rate``, what this step used.
+        The state after the step, and scalars: ``loss``, the mean over the labels that count, 0 if
+        none does; ``labels``, their number (int32); ``grad_norm``, the global norm before
+        clipping; ``learning_rate``, what this step used; ``skipped``, 1 if it changed nothing
+        (int32).
+
+    Raises:
+        ValueError: the batch can't be divided into microbatches.
     """
-
-    def loss_of(params: Params) -> tuple[Array, Array]:
-        if lora is None:
-            variables: dict[str, Any] = {"params": params}
-        else:
-            variables = {"params": frozen, "lora": collection(params, lora)}
-        inputs: Any = batch  # none of them is one of apply's own arguments
-        total, count = cast(Any, model.apply(variables, **inputs, method="loss"))
-        return total / count, count
-
-    computed = state.params if lora else _as_computed(state.params, model)
-    (loss, count), grads = jax.value_and_grad(loss_of, has_aux=True)(computed)
-    places = _places(model, lora)
+    places = _places(model, recipe, state.params)
+    (loss, count), grads = _mean_loss_and_gradients(
+        _as_computed(state.params, model), batch, frozen, model, recipe
+    )
     grads = jax.tree.map(lambda g, p: g.astype(p.dtype), _placed(grads, places), state.params)
-    updates, opt_state = make_optimizer(config, steps).update(grads, state.opt_state, state.params)
+    updates, opt_state = make_optimizer(model, recipe).update(grads, state.opt_state, state.params)
+    params = _placed(optax.apply_updates(state.params, updates), places)
+    norm = optax.tree.norm(grads)
+    is_kept = jnp.isfinite(loss) & jnp.isfinite(norm) & (count > 0)
+    skipped = 1 - is_kept.astype(jnp.int32)
+    rates = learning_rates(recipe.optimizer, recipe.steps)
     metrics = {
         "loss": loss,
         "labels": count,
-        "grad_norm": optax.tree.norm(grads),
-        "learning_rate": jnp.asarray(learning_rates(config, steps)(state.step), jnp.float32),
+        "grad_norm": norm,
+        "learning_rate": jnp.asarray(rates(state.step - state.skipped), jnp.float32),
+        "skipped": skipped,
     }
+
+    def kept(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda new, old: jnp.where(is_kept, new, old), new, old)
+
     new_state = TrainState(
         step=state.step + 1,
-        params=_placed(optax.apply_updates(state.params, updates), places),
-        opt_state=opt_state,
+        params=kept(params, state.params),
+        opt_state=kept(opt_state, state.opt_state),
         rng=state.rng,
+        skipped=state.skipped + skipped,
     )
     return new_state, metrics
+
+
+def _mean_loss_and_gradients(
+    params: Params, batch: Batch, frozen: Params, model: PretrainedModule, recipe: Recipe
+) -> tuple[tuple[Array, Array], Params]:
+    """((mean loss, number of labels), gradients of the mean); without labels all are 0."""
+    z_loss = recipe.optimizer.z_loss
+
+    def summed(params: Params, part: Batch) -> tuple[Array, Array]:
+        variables = {"params": joined(frozen, scaled(params, recipe.lora))}
+        inputs: Any = part  # none of them is one of apply's own arguments
+        if z_loss:
+            inputs = {**part, "z_loss": z_loss}
+        return cast(Any, model.apply(variables, **inputs, method="loss"))
+
+    def mean(params: Params) -> tuple[Array, Array]:
+        total, count = summed(params, batch)
+        return total / jnp.maximum(count, 1), count
+
+    parts = recipe.optimizer.microbatches
+    if parts == 1:
+        return jax.value_and_grad(mean, has_aux=True)(params)
+
+    def add(so_far: Any, part: Batch) -> tuple[Any, None]:
+        (total, count), grads = jax.value_and_grad(summed, has_aux=True)(params, part)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        return jax.tree.map(jnp.add, so_far, ((total, count), grads)), None
+
+    nothing = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    zeros = _placed(zeros, _places(model, recipe, params))
+    divided = {name: _in_parts(x, parts, model) for name, x in batch.items()}
+    ((total, count), grads), _ = jax.lax.scan(add, (nothing, zeros), divided)
+    number = jnp.maximum(count, 1)
+    return (total / number, count), jax.tree.map(lambda g: g / number, grads)
+
+
+def _in_parts(x: Array, parts: int, model: PretrainedModule) -> Array:
+    """(B, …) to (parts, B / parts, …); each device's samples are divided, none moves."""
+    shards = num_parts("batch", len(x), model.mesh)
+    if len(x) % (shards * parts):
+        raise ValueError(
+            f"a batch of {len(x)} can't be divided into optimizer.microbatches={parts} on {shards} "
+            f"groups of devices: expected a multiple of {shards * parts}"
+        )
+    x = jnp.asarray(x).reshape(shards, parts, -1, *x.shape[1:])
+    x = jnp.moveaxis(x, 1, 0).reshape(parts, -1, *x.shape[3:])
+    return constrain(x, model.mesh, None, "batch", *[None] * (x.ndim - 2))
 
 
 def _as_computed(params: Params, model: PretrainedModule) -> Params:
@@ -180,11 +219,14 @@ def _as_computed(params: Params, model: PretrainedModule) -> Params:
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-def _places(model: PretrainedModule, lora: LoraConfig | None) -> Any:
+def _places(model: PretrainedModule, recipe: Recipe, params: Params) -> Any:
     """Where the trained parameters lie: a sharding for each, None without a mesh."""
     if model.mesh is None:
         return None
-    return param_shardings(model, model.mesh) if lora is None else adapter_shardings(model, lora)
+    of_model = param_shardings(model, model.mesh)
+    known = flax.traverse_util.flatten_dict(joined(of_model, adapter_shardings(model, recipe)))
+    paths = flax.traverse_util.flatten_dict(params)
+    return flax.traverse_util.unflatten_dict({path: known[path] for path in paths})
 
 
 def _placed(tree: Any, places: Any) -> Any:

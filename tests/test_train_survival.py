@@ -1,0 +1,288 @@
+"""Whatever happens to a run or to its checkpoints, it ends bit for bit as if nothing had."""
+
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from processes import results, start
+from tiny_run import assert_same_end, metrics, write_records, write_start
+
+from mllama_jax.train.checkpoints import open_checkpoints
+from mllama_jax.train.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    TrainedConfig,
+)
+from mllama_jax.train.config_file import to_yaml
+from mllama_jax.train.job import open_job
+from mllama_jax.train.loop import train
+
+STEPS = 60
+
+# Orbax reads arrays side by side, and of several that can't be read it tells only one.
+not_all_retrieved = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("survival")
+    write_start(path / "start")
+    write_records(path / "train.jsonl", text_only=False)
+    return path
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+    data = str(folder / "train.jsonl")
+    return TrainConfig(
+        output=str(folder / "whole"),
+        steps=STEPS,
+        log_every=1,
+        model=ModelConfig(str(folder / "start")),
+        trained=TrainedConfig("all"),
+        data=DataConfig(train=data, held_out=data, batch_size=2, lengths=(32,)),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=3),
+        checkpoint=CheckpointConfig(every=5, keep=3),
+        evaluation=EvaluationConfig(every=20, batch_size=2, max_new_tokens=2, limit=2),
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(config):
+    """The folder of a run that nothing stopped."""
+    train(config)
+    return Path(config.output)
+
+
+class Run:
+    """A run of the command in a process of its own, that something happens to."""
+
+    def __init__(self, config: TrainConfig, folder: Path):
+        """Args: the run; where its settings, what it prints and compiled programs are kept."""
+        self._checkpoints = Path(config.output) / "checkpoints"
+        self._printed = folder / "printed.txt"
+        file = folder / "train.yaml"
+        file.write_text(to_yaml(config))
+        environment = {
+            **os.environ,
+            # Programs that a process before has compiled are not compiled again.
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        with self._printed.open("w") as out:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "mllama_jax", "train", str(file)],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=environment,
+            )
+
+    def stopped(self, number: signal.Signals, *, steps: int, saving: bool = False) -> str:
+        """Sends a signal after so many of its steps; returns what it has printed.
+
+        With `saving` it waits for a checkpoint that is just being written.
+        """
+        try:
+            self._wait(lambda: self._printed.read_text().count("\nstep ") >= steps)
+            if saving:
+                self._wait(lambda: any(self._checkpoints.glob("*tmp*")))
+            self._process.send_signal(number)
+            status = self._process.wait(120)
+        finally:
+            self._process.kill()
+        assert status == (-number if number == signal.SIGKILL else 128 + number)
+        return self._printed.read_text()
+
+    def _wait(self, happened: Callable[[], bool]) -> None:
+        end = time.monotonic() + 120
+        while not happened():
+            assert self._process.poll() is None, "the run ended before it could be stopped"
+            assert time.monotonic() < end, "nothing happened in time"
+            time.sleep(0.001)
+
+
+def test_a_run_that_is_stopped_again_and_again_ends_as_the_whole_one(config, whole, tmp_path):
+    output = tmp_path / "stopped"
+    run = replace(config, output=str(output))
+    dice = random.Random(0)
+
+    Run(run, tmp_path).stopped(signal.SIGKILL, steps=7, saving=True)
+    said = Run(run, tmp_path).stopped(signal.SIGTERM, steps=dice.randrange(2, 12))
+    step = stopped_step(said, "SIGTERM")
+    assert metrics(output)[-1]["step"] == step
+    said = Run(run, tmp_path).stopped(signal.SIGKILL, steps=dice.randrange(1, 9))
+    assert f"Going on from step {step} of {STEPS}." in said
+    said = Run(run, tmp_path).stopped(signal.SIGINT, steps=dice.randrange(1, 12))
+    assert (output / "checkpoints" / str(stopped_step(said, "SIGINT"))).exists()
+    assert not (output / "model").exists()
+
+    train(run)
+    assert_same_end(output, whole)
+
+
+def stopped_step(said: str, name: str) -> int:
+    found = re.search(rf"stopped by {name} after step (\d+); the same command goes on", said)
+    assert found, said
+    return int(found[1])
+
+
+def test_sigterm_in_the_middle_of_an_evaluation_saves_and_asks_again(config, folder, tmp_path):
+    """The questions of an evaluation that was cut off are asked when the run goes on."""
+    long = replace(
+        config,
+        steps=4,
+        output=str(tmp_path / "whole"),
+        evaluation=replace(config.evaluation, every=3, limit=None, max_new_tokens=30),
+    )
+    train(long)
+    output = tmp_path / "stopped"
+    run = replace(long, output=str(output))
+    said = Run(run, tmp_path).stopped(signal.SIGTERM, steps=3)
+    assert stopped_step(said, "SIGTERM") == 3
+    assert "accuracy/all" not in metrics(output)[-1]
+    train(run)
+    assert_same_end(output, tmp_path / "whole")
+
+
+@pytest.fixture
+def damaged(config, whole, tmp_path):
+    """A copy of the whole run, without its end; its checkpoints may be damaged."""
+    output = tmp_path / "damaged"
+    shutil.copytree(whole, output)
+    shutil.rmtree(output / "model")
+    return replace(config, output=str(output)), output
+
+
+def largest_file(folder: Path) -> Path:
+    return max((file for file in folder.rglob("*") if file.is_file()), key=os.path.getsize)
+
+
+def truncate(checkpoint: Path) -> None:
+    file = largest_file(checkpoint)
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def change_a_bit(checkpoint: Path) -> None:
+    file = largest_file(checkpoint)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+def lose_a_file(checkpoint: Path) -> None:
+    largest_file(checkpoint).unlink()
+
+
+def empty(checkpoint: Path) -> None:
+    for file in checkpoint.rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+
+
+@not_all_retrieved
+@pytest.mark.parametrize("damage", [truncate, change_a_bit, lose_a_file, empty])
+def test_the_checkpoint_before_a_damaged_one_is_used(damaged, whole, capfd, damage):
+    run, output = damaged
+    damage(output / "checkpoints" / str(STEPS))
+    train(run)
+    printed = capfd.readouterr().out
+    target = output / "damaged_checkpoints" / str(STEPS)
+    assert f"The checkpoint of step {STEPS} is damaged" in printed
+    assert f"it was moved to {target}." in printed
+    assert target.exists()
+    assert f"Going on from step {STEPS - 5} of {STEPS}." in printed
+    assert_same_end(output, whole)
+
+
+@not_all_retrieved
+def test_a_run_whose_checkpoints_are_all_damaged_asks_before_it_begins_anew(damaged, whole):
+    run, output = damaged
+    for checkpoint in (output / "checkpoints").iterdir():
+        truncate(checkpoint)
+    with pytest.raises(
+        ValueError, match="no checkpoint can be read, so all were moved to"
+    ) as error:
+        train(run)
+    assert "Started again, the run begins at step 0" in str(error.value)
+    train(run)
+    assert_same_end(output, whole)
+
+
+@not_all_retrieved
+def test_a_changed_bit_is_found_or_changes_nothing(config, whole, tmp_path):
+    """In every file of a checkpoint, data and descriptions."""
+    dice = random.Random(1)
+    job, state = open_job(config)
+
+    def restored(folder: Path) -> list[np.ndarray] | None:
+        with open_checkpoints(folder, config.checkpoint) as checkpoints:
+            batches, said = job.batches(), []
+            try:
+                found = checkpoints.restore(state, batches, said.append)
+            except ValueError:
+                assert "is damaged" in said[0]
+                return None
+            arrays = jax.device_get(jax.tree.leaves((found.params, found.opt_state, found.step)))
+            return [*arrays, np.array(repr(batches.get_state()))]
+
+    expected = restored(whole / "checkpoints")
+    assert expected
+    source = whole / "checkpoints" / str(STEPS)
+    files = sorted(file.relative_to(source) for file in source.rglob("*") if file.is_file())
+    found = 0
+    for number, name in enumerate(files):
+        folder = tmp_path / str(number) / "checkpoints"
+        shutil.copytree(source, folder / str(STEPS))
+        content = bytearray((source / name).read_bytes())
+        content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
+        (folder / str(STEPS) / name).write_bytes(content)
+        arrays = restored(folder)
+        found += arrays is None
+        if arrays is not None:
+            assert all(map(np.array_equal, arrays, expected)), name
+    assert 5 < found < len(files)
+
+
+def test_sigterm_to_one_process_saves_in_all_of_them(folder, tmp_path):
+    """After the same step; started again, the two go on, and end as if nothing had happened."""
+
+    def both(name: str, output: Path) -> list[subprocess.Popen]:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        return [
+            start("training_processes.py", 1, name, folder, index, port, output)
+            for index in range(2)
+        ]
+
+    output = tmp_path / "stopped"
+    processes = both("preempted", output)
+    end = time.monotonic() + 120
+    while not (output / "metrics.jsonl").exists() or len(metrics(output)) < 3:
+        assert time.monotonic() < end
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.01)
+    processes[1].send_signal(signal.SIGTERM)
+    first, second = (result.found for result in results(processes))
+    assert first == second
+    assert first["signal"] == "SIGTERM"
+    assert metrics(output)[-1]["step"] == first["step"] < first["steps"]
+    assert (output / "checkpoints" / str(first["step"])).exists()
+    results(both("undisturbed", output))  # goes on, and then does it all without a break
+    assert metrics(output) == metrics(tmp_path / "whole")

@@ -1,0 +1,63 @@
+"""What a run leaves: a model folder, adapters, and settings that others read."""
+
+import jax
+from etils import epath
+
+from mllama_jax.generation.config import GenerationConfig
+from mllama_jax.model import MllamaForConditionalGeneration
+from mllama_jax.pretrained import Params
+from mllama_jax.processing.processor import MllamaProcessor
+from mllama_jax.train.adapters_export import finished, only_adapters, save_adapters
+from mllama_jax.train.job import Job
+from mllama_jax.train.step import TrainState
+
+
+def save_results(job: Job, state: TrainState) -> str:
+    """Writes model/ and, where only adapters were trained, adapter/; returns what there is now."""
+    config, model, output = job.config, job.model, job.output
+    said = []
+    if only_adapters(state.params):
+        save_adapters(
+            output / "adapter", model, state.params, config.recipe.lora, config.model.path
+        )
+        said.append(f"The adapters are in {output / 'adapter'}, as PEFT loads them.")
+    if jax.process_count() > 1:
+        said.append(_without_model(output, is_whole=not job.frozen))
+    else:
+        whole = finished(model, job.frozen, state.params, config.recipe.lora, config.model)
+        save_model(output / "model", *whole, job.processor)
+        said.append(f"The model is in {output / 'model'}.")
+    return "\n".join(said)
+
+
+def _without_model(output: epath.Path, is_whole: bool) -> str:
+    """What becomes of a job of several processes, of which none can write the whole model."""
+    if not is_whole:
+        return (
+            f"What was trained is in {output / 'checkpoints'}. Started again in one process, on a "
+            "mesh of its own devices, the run only adds what was not and writes the model folder."
+        )
+    return (
+        f"The parameters are in {output / 'checkpoints'}; `mllama-jax convert {output} FOLDER` "
+        "makes a model folder of them."
+    )
+
+
+def save_model(
+    folder: epath.PathLike,
+    model: MllamaForConditionalGeneration,
+    params: Params,
+    processor: MllamaProcessor,
+) -> None:
+    """Writes all that a Hugging Face folder holds: what `from_pretrained` reads, here and there."""
+    model.save_pretrained(params, folder)
+    save_settings(folder, model, processor)
+
+
+def save_settings(
+    folder: epath.PathLike, model: MllamaForConditionalGeneration, processor: MllamaProcessor
+) -> None:
+    """Writes tokenizer, chat template, image processor settings and generation settings."""
+    processor.save_pretrained(folder)
+    generation = model.generation_config or GenerationConfig.from_model_config(model.full_config)
+    generation.save_pretrained(folder)
