@@ -13,6 +13,7 @@ from mllama_jax.cli import main
 
 FOLDER = sys.argv[1]
 TINY = ("--model", FOLDER, "--no-cache")
+RUN = ("--no-cache", "--config", f"{FOLDER}/run.yaml")
 RUNS = {
     "decode": (*TINY, "--task", "decode", "--length", "512", "--topology", "v5e:2x4"),
     "compared": (
@@ -33,6 +34,11 @@ RUNS = {
         *("--batch", "16"),
     ),
     "no such model": ("--model", f"{FOLDER}/nothing"),
+    "a run": (*RUN, "--topology", "v5e:2x2", "data.batch_size=4", "--json"),
+    "a run that does not fit": (*RUN, "--topology", "v5e:2x2", "data.batch_size=65536"),
+    "a run and options": (*RUN, "--batch", "8", "--search"),
+    "a run with a mistake": (*RUN, "--topology", "v5e:2x2", "data.batchsize=4"),
+    "settings of no run": (*TINY, "data.batch_size=4"),
 }
 
 

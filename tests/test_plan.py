@@ -40,10 +40,24 @@ CONFIG = mj.MllamaConfig(
 )
 
 
+# Adapters beside 8-bit weights, a projector trained whole, packed rows.
+RUN = """
+output: {folder}/out
+steps: 100
+mesh: fsdp=4
+model: {{path: {folder}, dtype: bfloat16, param_dtype: bfloat16, quantise: int8, attention: splash}}
+trained: {{preset: lora, projector: {{mode: full}}}}
+lora: {{rank: 4}}
+data: {{train: none.jsonl, lengths: [128, 256], packing: true, max_images: 2}}
+optimizer: {{microbatches: 1, moment_dtype: bfloat16}}
+"""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_blocks")
     CONFIG.save_pretrained(folder)
+    (folder / "run.yaml").write_text(RUN.format(folder=folder))
     return folder
 
 
@@ -186,3 +200,44 @@ def test_what_makes_no_sense_is_refused_with_the_reason(runs, name, said):
     assert isinstance(status, str)  # sys.exit(text): status 1, the text on standard error
     for words in said:
         assert words in status
+
+
+def test_a_run_s_own_step_is_planned(runs, folder):
+    [found] = from_text(runs["a run"]["printed"])
+    assert found.fits
+    assert (found.job.batch, found.job.length, found.job.images) == (4, 256, 2)
+    assert "batch_size: 4" in found.job.config
+    sizes = {amount.kind: amount.bytes for amount in found.memory.amounts}
+    vision, text = CONFIG.vision_config, CONFIG.text_config
+    projector = vision.vision_output_dim * text.hidden_size + text.hidden_size
+    assert sizes["parameters"] == pytest.approx(projector * 2 / 4, rel=0.01)
+    # Eight bits a weight of the layers, sixteen of embedding and head, which is half of a layer.
+    head = text.hidden_size // text.num_attention_heads
+    layer = (4 * text.hidden_size * head * text.num_attention_heads) + (
+        3 * text.hidden_size * text.intermediate_size
+    )
+    eight_bits = text.num_hidden_layers * layer / 4
+    assert eight_bits < sizes["frozen parameters"] < 1.5 * eight_bits
+    # One moment is bfloat16, the other has the parameters' dtype: adapters are float32.
+    expected = 1.5 * sizes["adapters"] + 2 * sizes["parameters"]
+    assert sizes["optimizer state"] == pytest.approx(expected, rel=1e-3)
+    assert 0 < found.bound.mfu < 1
+
+
+def test_a_run_that_does_not_fit_is_told_which_settings_to_change(runs):
+    run = runs["a run that does not fit"]
+    assert run["status"] == 3
+    assert "data.batch_size=" in run["printed"]
+    assert "--batch" not in run["printed"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("a run and options", "--batch, --search: the file of --config decides this"),
+        ("a run with a mistake", "did you mean 'data.batch_size'"),
+        ("settings of no run", "data.batch_size=4: settings are for --config"),
+    ],
+)
+def test_what_a_run_leaves_to_options(runs, name, said):
+    assert said in str(runs[name]["status"])

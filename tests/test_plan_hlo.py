@@ -16,8 +16,8 @@ from mllama_jax.plan.hlo import ProgramCost, out_of_memory, parse_cost, program_
 from mllama_jax.plan.hlo_text import parse_module, trip_count
 from mllama_jax.plan.parts import part_of, phase_of
 from mllama_jax.plan.topology import parse_topology
-from mllama_jax.train.config import OptimizerConfig
-from mllama_jax.train.step import init_state, make_optimizer, train_step
+from mllama_jax.train.settings import Recipe, TrainedConfig
+from mllama_jax.train.step import start, train_step
 
 P = PartitionSpec
 SIZE = 1024
@@ -201,9 +201,9 @@ def test_parts_of_a_training_step(chip: Mesh) -> None:
     values["vision_config"] |= {"num_hidden_layers": 1, "num_global_layers": 1}
     values["vision_config"] |= {"intermediate_layers_indices": [0], "vision_output_dim": 40}
     model = MllamaForConditionalGeneration(MllamaConfig.from_dict(values), mesh=chip)
-    settings = {"config": OptimizerConfig(), "steps": 9}
-    optimizer = make_optimizer(**settings)
-    state = jax.eval_shape(lambda params: init_state(params, optimizer, 0), model.param_shapes())
+    recipe = Recipe(9, trained=TrainedConfig("all"))
+    on_one = model.clone(mesh=None)
+    state, _ = jax.eval_shape(lambda params: start(on_one, params, recipe, 0), model.param_shapes())
     state = jax.tree.map(lambda leaf: array(chip, leaf.shape, dtype=leaf.dtype), state)
     shapes: dict[str, tuple[int, ...]] = {
         **dict.fromkeys(("input_ids", "attention_mask", "labels"), (2, 16)),
@@ -213,7 +213,7 @@ def test_parts_of_a_training_step(chip: Mesh) -> None:
     }
     batch = {name: array(chip, shape, dtype=jnp.int32) for name, shape in shapes.items()}
     batch["pixel_values"] = array(chip, (2, 1, 3, *TILE), dtype=jnp.float32)
-    cost = program_cost(train_step.lower(state, batch, model=model, **settings).compile())
+    cost = program_cost(train_step.lower(state, batch, {}, model=model, recipe=recipe).compile())
     assert cost is not None
     parts = cost.by_part()
     with_products = {(item.part, item.phase) for item in cost.cycles if item.kind == "products"}

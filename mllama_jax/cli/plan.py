@@ -1,18 +1,26 @@
 """``mllama-jax plan``: does a job fit a slice, and how fast can it be at best?"""
 
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from mllama_jax.cli.options import Attention, Dtype
+from mllama_jax.cli.options import Attention, Dtype, Quantise
+
+if TYPE_CHECKING:
+    from mllama_jax.plan import Job
 
 DOES_NOT_FIT = 3
 """The exit status where no plan fits; 1 and 2 are errors."""
 
 
 def plan(
+    overrides: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="KEY=VALUE")
+    ] = (),
+    config: Path | None = None,
     model: str = "11b",
     task: Literal["train", "lora", "prefill", "decode", "vision"] = "train",
     topology: str = "v5e:4x4",
@@ -27,6 +35,7 @@ def plan(
     attention: Attention | None = None,
     images_at_once: int | None = None,
     rank: int = 16,
+    quantise: Quantise | None = None,
     search: bool = False,
     max_compiles: int = 8,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
@@ -51,8 +60,12 @@ def plan(
       $ mllama-jax plan --task lora --topology v5e:2x4 --search
       $ mllama-jax plan --task decode --compare v5e:2x4 v6e:2x4 v5p:2x2x1 --html decode.html
       $ mllama-jax plan --topology 'v5e:16x16*2' --mesh data=2,fsdp=256 --json
+      $ mllama-jax plan --config recipes/11b_lora_v5e-16.yaml --topology v5e:4x4 model.remat=full
 
     Args:
+        overrides: with --config, settings that replace the file's, such as data.batch_size=32.
+        config: YAML file of a training run, which then decides all but topology and images: its
+            own step is planned, on a batch of its longest rows.
         model: 11b or 90b (the released shapes, 560 pixels a tile), or a folder with a config.json.
         task: "train" is full fine-tuning with AdamW, "lora" trains adapters of the decoder,
             "prefill" reads prompts, "decode" adds a token to each row, "vision" encodes pictures.
@@ -74,6 +87,7 @@ def plan(
         images_at_once: pictures that a chip encodes at a time in training; all of its own by
             default.
         rank: of LoRA's adapters.
+        quantise: weights of the decoder's layers in 8 or 4 bits; for prefill and decode.
         search: find the largest batch and the cheapest remat that fit, unless they are given.
         max_compiles: --search stops after so many compilations on a topology.
         as_json: print the plans as JSON, one a line, instead of a report.
@@ -90,24 +104,26 @@ def plan(
     from mllama_jax.plan.topology import prepare_environment
 
     prepare_environment()
-    jobs = [
-        Job(
-            model=model,
-            task=task,
-            topology=name,
-            mesh=mesh,
-            batch=batch,
-            length=length,
-            images=images,
-            remat=remat,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            attention=attention,
-            images_at_once=images_at_once,
-            rank=rank,
-        )
-        for name in compare or (topology,)
-    ]
+    asked = Job(
+        model=model,
+        task=task,
+        mesh=mesh,
+        batch=batch,
+        length=length,
+        images=images,
+        remat=remat,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        attention=attention,
+        images_at_once=images_at_once,
+        rank=rank,
+        quantise=quantise,
+    )
+    if config is not None:
+        asked = _of_config(config, overrides, asked, search)
+    elif overrides:
+        raise ValueError(f"{' '.join(overrides)}: settings are for --config")
+    jobs = [replace(asked, topology=name) for name in compare or (topology,)]
     folder = default_folder() if cache else None
     plans = []
     for job in jobs:
@@ -126,3 +142,24 @@ def plan(
         print(f"wrote {html}", file=sys.stderr)
     if not any(found.fits for found in plans):
         sys.exit(DOES_NOT_FIT)
+
+
+def _of_config(file: Path, overrides: tuple[str, ...], asked: "Job", search: bool) -> "Job":
+    """The job of a run's configuration; it leaves nothing but the pictures to options."""
+    from mllama_jax.plan.job import Job
+    from mllama_jax.plan.recipes import job_of
+    from mllama_jax.train.config_file import load_config
+
+    given = [
+        f"--{item.name.replace('_', '-')}"
+        for item in fields(Job)
+        if item.name != "images" and getattr(asked, item.name) != item.default
+    ]
+    if search:
+        given.append("--search")
+    if given:
+        raise ValueError(
+            f"{', '.join(given)}: the file of --config decides this; change a setting with "
+            "KEY=VALUE"
+        )
+    return job_of(load_config(file, overrides), asked.topology, asked.images)

@@ -10,13 +10,36 @@ from mllama_jax.plan.record import GIB, Memory
 from mllama_jax.sharding import num_parts
 
 _FOR_TEMPORARIES = 0.35
-_STATE = ("parameters", "optimizer state", "adapters", "parameters of other programs")
+_STATE = (
+    *("parameters", "frozen parameters", "adapters", "optimizer state"),
+    "parameters of other programs",
+)
+_SETTINGS = {
+    "--task lora": "trained.preset=lora",
+    "--param-dtype ": "model.param_dtype=",
+    "--remat ": "model.remat=",
+    "--attention ": "model.attention=",
+    "--images-at-once ": "model.images_at_once=",
+    "--batch ": "data.batch_size=",
+    "--length ": "data.lengths up to ",
+    "--mesh ": "mesh ",
+}
+"""What options are called in a run's configuration."""
 
 
 def advice(job: Job, mesh: Mesh, memory: Memory) -> tuple[str, ...]:
     """Changes in the order in which to try them."""
-    if memory.fits:
-        return ()
+    hints = () if memory.fits else _hints(job, mesh, memory)
+    return tuple(map(_as_setting, hints)) if job.config else hints
+
+
+def _as_setting(hint: str) -> str:
+    for option, setting in _SETTINGS.items():
+        hint = hint.replace(option, setting)
+    return hint
+
+
+def _hints(job: Job, mesh: Mesh, memory: Memory) -> tuple[str, ...]:
     amounts = {amount.kind: amount.bytes for amount in memory.amounts}
     state = sum(amounts.get(kind, 0) for kind in _STATE)
     hints = list(_less_state(job, mesh)) if state > 0.6 * memory.usable else []

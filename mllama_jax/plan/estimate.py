@@ -29,7 +29,7 @@ def estimated_temporaries(job: Job, config: MllamaConfig, program: Program) -> l
     pictures = samples * job.images
     found: list[Buffer] = []
     if job.task == "train":
-        size = bytes_a_device(program.kinds["parameters"])
+        size = bytes_a_device(program.kinds["parameters"])  # those that are trained
         found.append(Buffer("gradients", "as the parameters", size, "estimate"))
     if job.task != "vision":
         found += _decoder(job, config, samples, tensor)

@@ -14,6 +14,7 @@ from mllama_jax.execution import REMAT_POLICIES
 from mllama_jax.generation.decoding import IMAGE_BUCKETS, LENGTH_BUCKETS, bucket
 from mllama_jax.plan.models import num_parameters
 from mllama_jax.plan.topology import Topology
+from mllama_jax.quantisation import LARGEST, Quantisation
 from mllama_jax.sharding import num_parts
 
 Task = Literal["train", "lora", "prefill", "decode", "vision"]
@@ -51,6 +52,11 @@ class Job:
         attention: a kind of `mllama_jax.attention`.
         images_at_once: pictures that a device encodes at a time in training; None for all its own.
         rank: of LoRA's adapters.
+        quantise: how the weights of the decoder's layers are stored, a kind of
+            `mllama_jax.quantisation`; in training only those that adapters stand beside.
+        config: of a training run, whole and as YAML: what else decides its step (`job_of` in
+            `mllama_jax.plan.recipes`). None trains everything with AdamW, or adapters of the
+            decoder.
     """
 
     model: str = "11b"
@@ -66,6 +72,8 @@ class Job:
     attention: str | None = None
     images_at_once: int | None = None
     rank: int = 16
+    quantise: Quantisation | None = None
+    config: str | None = None
 
     def __post_init__(self) -> None:
         choices = {
@@ -74,6 +82,7 @@ class Job:
             "attention": (None, *ATTENTION_KINDS),
             "dtype": DTYPES,
             "param_dtype": (None, *DTYPES),
+            "quantise": (None, *LARGEST),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -84,6 +93,11 @@ class Job:
             value = getattr(self, name)
             if value is not None and value < smallest and (name, self.task) != ("length", "vision"):
                 raise ValueError(f"{name}={value}: expected at least {smallest}")
+        if self.quantise and self.trains and self.config is None:
+            raise ValueError(
+                f"quantise={self.quantise!r}: quantised weights are not trained, so it is for "
+                "tasks 'prefill', 'decode' and 'vision'"
+            )
         if self.task == "vision" and self.images != 1:
             raise ValueError("task 'vision' has one picture a sample: say how many with batch")
 

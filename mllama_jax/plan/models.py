@@ -1,7 +1,9 @@
 """Which shapes are planned for: the released models by name, any other by its configuration."""
 
+import re
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 
 import jax
 
@@ -32,16 +34,23 @@ RELEASED: Mapping[str, MllamaConfig] = {
     ),
 }
 """Llama 3.2 Vision Instruct, with pictures of 560 pixels a tile."""
+_RELEASED_ID = re.compile(r"(?:^|/)Llama-3\.2-(11B|90B)-Vision(?:-Instruct)?$")
 
 
 def find_config(model: str) -> MllamaConfig:
-    """The configuration of a released model ("11b", "90b") or of a folder with a config.json.
+    """The configuration of a released model or of a folder with a config.json.
+
+    Args:
+        model: "11b", "90b", an id such as "meta-llama/Llama-3.2-11B-Vision-Instruct" (nothing is
+            fetched), or a folder.
 
     Raises:
         ValueError: it is neither; or the file holds unusable values.
     """
-    if model.lower() in RELEASED:
-        return RELEASED[model.lower()]
+    released = _RELEASED_ID.search(model.rstrip("/"))
+    name = released.group(1).lower() if released and not Path(model).exists() else model.lower()
+    if name in RELEASED:
+        return RELEASED[name]
     try:
         return MllamaConfig.from_pretrained(model)
     except FileNotFoundError as error:

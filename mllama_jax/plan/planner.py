@@ -19,6 +19,7 @@ from mllama_jax.plan.memory import bytes_read, counted, largest_arguments, measu
 from mllama_jax.plan.models import find_config
 from mllama_jax.plan.programs import Program, build_program
 from mllama_jax.plan.progress import reported
+from mllama_jax.plan.recipes import recipe_flops
 from mllama_jax.plan.record import Bound, Plan, Rate, Work
 from mllama_jax.plan.search import Search, run_search
 from mllama_jax.plan.temporaries import largest_temporaries
@@ -85,7 +86,7 @@ def _answer(
     usable = topology.chip.usable_bytes
     memory = counted(program, usable)
     buffers = largest_arguments(program)
-    flops = job_flops(job, config)
+    flops = recipe_flops(job, program.model) if job.config else job_flops(job, config)
     bound: Bound | None = None
     notes: tuple[str, ...] = ()
     seconds = None

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from mllama_jax.configs import MllamaConfig
@@ -28,6 +27,7 @@ from mllama_jax.generation.decoding import (
 from mllama_jax.generation.sampling import SamplingParams
 from mllama_jax.model import MllamaForConditionalGeneration
 from mllama_jax.plan.job import Job
+from mllama_jax.quantisation import num_bytes
 from mllama_jax.sharding import param_shardings, partition_spec
 
 Model = MllamaForConditionalGeneration
@@ -84,6 +84,7 @@ def make_model(job: Job, config: MllamaConfig, mesh: Mesh) -> Model:
         dtype=jnp.dtype(job.dtype),
         param_dtype=jnp.dtype(job.param_dtype or job.dtype),
         mesh=mesh,
+        quantise=job.quantise,
         **options,
     )
 
@@ -100,15 +101,15 @@ def placed_params(model: Model) -> dict[str, Any]:
 def bytes_a_device(tree: Tree) -> int:
     """What arrays take of each device's memory, without padding."""
     return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * _itemsize(leaf.dtype)
+        _num_bytes(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
         for leaf in jax.tree.leaves(tree)
     )
 
 
-def _itemsize(dtype: Any) -> int:
+def _num_bytes(shape: tuple[int, ...], dtype: Any) -> int:
     if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
-        return 8
-    return np.dtype(dtype).itemsize
+        return 8 * math.prod(shape)
+    return num_bytes(shape, dtype)
 
 
 def _vision(job: Job, model: Model) -> Program:

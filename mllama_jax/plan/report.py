@@ -38,6 +38,8 @@ def workload(job: Job) -> str:
     words = [shown[job.task], f"{job.dtype} computation", f"{job.param_dtype} parameters"]
     if job.trains:
         words.append(f"remat {job.remat}")
+        if job.quantise:
+            words.append(f"{job.quantise} weights in the decoder's layers")
         if job.images_at_once:
             words.append(f"{_count(job.images_at_once, 'image')} at once on a chip")
     return "; ".join([*words, f"{job.attention} attention"])

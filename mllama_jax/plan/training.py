@@ -7,35 +7,42 @@ import jax.numpy as jnp
 
 from mllama_jax.plan.job import Job
 from mllama_jax.plan.programs import Model, Program, array, placed_params, with_sharding
-from mllama_jax.train.config import LoraConfig, OptimizerConfig
+from mllama_jax.plan.recipes import is_packed, recipe_of
+from mllama_jax.train.components import joined, split
 from mllama_jax.train.lora import adapter_shardings, init_adapters
+from mllama_jax.train.settings import Recipe
 from mllama_jax.train.step import TrainState, make_optimizer, placed_like, train_step
-
-_STEPS = 1000  # of the run: they only shape the learning rate
 
 
 def train_program(job: Job, model: Model) -> Program:
-    """A step of full fine-tuning, or of adapters beside frozen parameters."""
-    params = placed_params(model)
-    lora = LoraConfig(rank=job.rank) if job.task == "lora" else None
-    trained = params if lora is None else _placed_adapters(model, lora)
-    config = OptimizerConfig()
-    optimizer = make_optimizer(config, _STEPS)
+    """A step of training, whatever of the model is trained."""
+    recipe = recipe_of(job)
+    whole, frozen = split(model, placed_params(model), recipe.trained)
+    adapters = _placed_adapters(model, recipe)
+    trained = joined(whole, adapters)
+    optimizer = make_optimizer(model, recipe)
     state = TrainState(
         step=array(model, (), jnp.int32),
         params=trained,
         opt_state=placed_like(jax.eval_shape(optimizer.init, trained), trained),
         rng=_key(model),
+        skipped=array(model, (), jnp.int32),
     )
     batch = train_batch(job, model)
-    kinds = {"parameters": params, "optimizer state": state.opt_state, "inputs": batch}
+    kinds = {
+        "parameters": whole,
+        "frozen parameters": frozen,
+        "adapters": adapters,
+        "optimizer state": state.opt_state,
+        "inputs": batch,
+    }
     return Program(
         model,
         train_step,
-        (state, batch, None if lora is None else params),
-        kinds if lora is None else {**kinds, "adapters": trained},
-        {"model": model, "config": config, "steps": _STEPS, "lora": lora},
-        replaced=("optimizer state", "parameters" if lora is None else "adapters"),
+        (state, batch, frozen),
+        {kind: tree for kind, tree in kinds.items() if jax.tree.leaves(tree)},
+        {"model": model, "recipe": recipe},
+        replaced=("parameters", "adapters", "optimizer state"),
     )
 
 
@@ -48,7 +55,8 @@ def train_batch(job: Job, model: Model) -> dict[str, Any]:
     picture = (tiles, config.num_channels, config.image_size, config.image_size)
     text = (job.batch, job.length)
     words: tuple[tuple[int, ...], Any] = (text, jnp.int32)
-    shapes = dict.fromkeys(("input_ids", "attention_mask", "labels"), words)
+    rows = "segment_ids" if is_packed(job) else "attention_mask"
+    shapes = dict.fromkeys(("input_ids", rows, "labels"), words)
     if images:
         shapes |= {
             "pixel_values": ((job.batch, images, *picture), jnp.float32),
@@ -59,9 +67,9 @@ def train_batch(job: Job, model: Model) -> dict[str, Any]:
     return {name: array(model, shape, dtype, "batch") for name, (shape, dtype) in shapes.items()}
 
 
-def _placed_adapters(model: Model, lora: LoraConfig) -> Any:
-    shapes = jax.eval_shape(lambda key: init_adapters(model, lora, key), jax.random.key(0))
-    return jax.tree.map(with_sharding, shapes, adapter_shardings(model, lora))
+def _placed_adapters(model: Model, recipe: Recipe) -> Any:
+    shapes = jax.eval_shape(lambda key: init_adapters(model, recipe, key), jax.random.key(0))
+    return jax.tree.map(with_sharding, shapes, adapter_shardings(model, recipe))
 
 
 def _key(model: Model) -> Any:
