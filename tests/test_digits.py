@@ -11,8 +11,8 @@ import torch
 import mllama_jax as mj
 from mllama_jax.processing.image_loading import load_image
 from mllama_jax.train.config import EvaluationConfig
+from mllama_jax.train.data.sources import read_records
 from mllama_jax.train.evaluation import answer_records, scores
-from mllama_jax.train.records import read_records
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "digits"
 MODEL = EXAMPLE / "model"

@@ -11,8 +11,8 @@ import tyro
 
 from mllama_jax import MllamaForConditionalGeneration, MllamaProcessor
 from mllama_jax.train.config import EvaluationConfig
+from mllama_jax.train.data.sources import read_records
 from mllama_jax.train.evaluation import answer_records, scores, table
-from mllama_jax.train.records import read_records
 
 
 @dataclass(frozen=True)

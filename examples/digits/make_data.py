@@ -1,9 +1,11 @@
-"""Draws the pictures and writes the questions: training set, held-out set and demo.
+r"""Draws the pictures and writes the questions: training set, held-out set and demo.
 
 Run it from anywhere:
 
     python examples/digits/make_data.py                 # runs/digits/data: train and held-out
     python examples/digits/make_data.py --demo examples/digits/demo    # also the committed few
+    python examples/digits/make_data.py --shift 3 --output runs/digits/shifted --drawings 5 \
+        --records 20000                                 # what lora.yaml learns
 
 The same command always writes the same files.
 """
@@ -34,6 +36,9 @@ class Options:
     records: int = 120_000
     """Training conversations."""
     seed: int = 0
+    shift: int = 0
+    """Every digit goes by the name of the one so many further, and 0 comes after 9: something for
+    a trained model to learn anew."""
 
 
 def make_data(options: Options) -> None:
@@ -46,6 +51,7 @@ def make_data(options: Options) -> None:
         for picture in draw_all(train_scans, options.output, f"train{drawing}", rng, distort=True)
     ]
     held_out = draw_all(held_out_scans, options.output, "held_out", rng, distort=False)
+    train, held_out = (renamed(pictures, options.shift) for pictures in (train, held_out))
     write_jsonl(options.output / "train.jsonl", training_records(train, options.records, rng))
     write_jsonl(options.output / "held_out.jsonl", held_out_records(held_out, rng))
     print(f"{len(train_scans)} scans drawn {options.drawings} times for training,", end=" ")
@@ -64,6 +70,11 @@ def draw_all(
     for picture, scan in zip(pictures, scans, strict=True):
         draw(scan, rng, distort=distort).save(folder / picture.path)
     return pictures
+
+
+def renamed(pictures: list[Picture], shift: int) -> list[Picture]:
+    """Each picture's digit by the name of the one that is `shift` further."""
+    return [Picture(picture.path, (picture.digit + shift) % 10) for picture in pictures]
 
 
 def training_records(
