@@ -58,8 +58,8 @@ def ours_side() -> dict[str, Any]:
     import jax
 
     from mllama_jax import MllamaForConditionalGeneration
+    from mllama_jax.flops import decoder_flops, total
     from mllama_jax.generation.decoding import encode as encoder
-    from mllama_jax.plan.flops import decoder_flops, total
     from mllama_jax.tiles import computed_tiles, missing_tiles_are_alike
 
     @cache

@@ -18,7 +18,7 @@ from mllama_jax.batch.engine import Engine, EngineOptions
 from mllama_jax.batch.pictures import PictureSources
 from mllama_jax.batch.programs import Chunk
 from mllama_jax.batch.requests import parse_record
-from mllama_jax.plan.flops import decoder_flops, total, vision_flops
+from mllama_jax.flops import decoder_flops, total, vision_flops
 
 
 @cache

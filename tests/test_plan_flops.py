@@ -9,7 +9,8 @@ from jax.extend.core import jaxprs_in_params
 from tiny_model import CONFIG, NUM_PATCHES, NUM_TILES, TILE
 
 import mllama_jax as mj
-from mllama_jax.plan.flops import decoder_flops, job_flops, total, vision_flops
+from mllama_jax.flops import decoder_flops, total, vision_flops
+from mllama_jax.plan.flops import job_flops
 from mllama_jax.plan.job import Job
 from mllama_jax.plan.models import RELEASED, num_parameters
 

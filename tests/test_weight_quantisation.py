@@ -42,9 +42,10 @@ from mllama_jax.plan.programs import bytes_a_device, make_model, placed_params
 from mllama_jax.quantisation import product, quantised
 from mllama_jax.quantisation_report import compare, weight_errors
 from mllama_jax.sharding import parse_mesh
-from mllama_jax.train.config import LoraConfig, OptimizerConfig
+from mllama_jax.train.components import joined
 from mllama_jax.train.lora import init_adapters, merged
-from mllama_jax.train.step import init_state, make_optimizer, train_step
+from mllama_jax.train.settings import LoraConfig, Recipe, TrainedConfig
+from mllama_jax.train.step import start as start_training
 
 MODEL = EXAMPLE / "model"
 KINDS = ("int8", "int4")
@@ -99,9 +100,8 @@ def meant(tmp_path_factory) -> dict[str, Path]:
 
 
 @partial(jax.jit, static_argnums=0)
-def logits(model: Any, params: Any, inputs: dict[str, Any], **collections: Any) -> Any:
-    variables = {"params": params, **collections}
-    return model.apply(variables, **inputs, use_cache=False).logits
+def logits(model: Any, params: Any, inputs: dict[str, Any]) -> Any:
+    return model.apply({"params": params}, **inputs, use_cache=False).logits
 
 
 def batch() -> dict[str, np.ndarray]:
@@ -418,27 +418,28 @@ def test_quantised_parameters_are_for_inference(loaded, tmp_path):
         LOADED[0].apply({"params": params}, input_ids=jnp.ones((1, 2), jnp.int32))
     with pytest.raises(flax.errors.ScopeParamNotFoundError):
         model.apply({"params": LOADED[1]}, input_ids=jnp.ones((1, 2), jnp.int32))
-    config, lora = OptimizerConfig(), LoraConfig(targets=("*/q_proj",), rank=2)
-    adapters = init_adapters(model, lora, jax.random.key(0))
+    adapters = init_adapters(model, lora_recipe("*/q_proj"), jax.random.key(0))
     with pytest.raises(ValueError, match=r"kernel is quantised \(int8\)"):
-        merged(params, adapters, lora)
-    state = init_state(adapters, make_optimizer(config, 1), 0)
-    inputs = {name: x[:1] for name, x in batch().items()}
-    inputs["labels"] = inputs["input_ids"]
-    with pytest.raises(ValueError, match="nor adapters on top of them"):
-        train_step(state, inputs, params, model=model, config=config, steps=1, lora=lora)
+        merged(params, adapters, LoraConfig())
+    with pytest.raises(ValueError, match=r"stores .*self_attention as integers, which can't be"):
+        start_training(model, params, Recipe(1, trained=TrainedConfig("all")), 0)
+
+
+def lora_recipe(target: str) -> Recipe:
+    return Recipe(1, trained=TrainedConfig("lora"), lora=LoraConfig(rank=2, targets=(target,)))
 
 
 def test_adapters_are_added_to_quantised_maps(loaded, meant):
     """As they are to the weights that the integers stand for."""
     random = np.random.default_rng(0)
-    adapters = init_adapters(LOADED[0], LoraConfig(targets=("*o_proj",), rank=2), jax.random.key(0))
-    lora = jax.tree.map(lambda x: random.normal(size=x.shape, scale=0.1), adapters)
-    _, params = mj.MllamaForConditionalGeneration.from_pretrained(meant["int8"])
+    adapters = init_adapters(LOADED[0], lora_recipe("*o_proj"), jax.random.key(0))
+    adapters = jax.tree.map(lambda x: random.normal(size=x.shape, scale=0.1), adapters)
+    model, params = loaded["int8"]
+    _, unquantised = mj.MllamaForConditionalGeneration.from_pretrained(meant["int8"])
     inputs = {"input_ids": jnp.arange(3, 12)[None]}
-    found = logits(*loaded["int8"], inputs, lora=lora)
-    expected = logits(loaded["float32"][0], params, inputs, lora=lora)
-    without = logits(*loaded["int8"], inputs, lora=jax.tree.map(np.zeros_like, lora))
+    found = logits(model, joined(params, adapters), inputs)
+    expected = logits(loaded["float32"][0], joined(unquantised, adapters), inputs)
+    without = logits(model, params, inputs)
     np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
     assert np.abs(found - without).max() > 0.1
 

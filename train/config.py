@@ -9,7 +9,6 @@ from omegaconf import MISSING
 
 from mllama_jax.train.data.settings import DataConfig, data_problems
 from mllama_jax.train.log_settings import LoggingConfig, logging_problems
-from mllama_jax.train.log_settings import LoggingConfig, logging_problems
 from mllama_jax.train.settings import (
     LoraConfig,
     ModelConfig,
@@ -72,7 +71,6 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
         problems = list(_range_problems(self))
@@ -124,7 +122,6 @@ def _range_problems(config: TrainConfig) -> Iterator[str]:
             f"{config.data.batch_size}"
         )
     yield from data_problems(config.data)
-    yield from logging_problems(config.logging)
     yield from logging_problems(config.logging)
     lengths = values["data.lengths"]
     if not lengths or list(lengths) != sorted(set(lengths)) or lengths[0] < 1:

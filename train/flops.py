@@ -1,6 +1,6 @@
 """Operations that a training step's formula asks for: forward, and backward as far as is trained.
 
-Per token, picture and so on they are those of `mllama_jax.plan.flops`. A product of weights costs
+Per token, picture and so on they are those of `mllama_jax.flops`. A product of weights costs
 as much again for the gradient of its input, if anything before it is trained, and once more for
 that of the weights, if these are. Attention costs as much again for the gradients of its queries,
 and once more for those of keys and values. Nothing is counted of what rematerialisation computes
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from mllama_jax.configs import MllamaConfig
+from mllama_jax.flops import decoder_flops, encoded_length, image_length, vision_flops
 from mllama_jax.model import MllamaForConditionalGeneration
-from mllama_jax.plan.flops import decoder_flops, encoded_length, image_length, vision_flops
 from mllama_jax.train.components import component_of
 from mllama_jax.train.lora import adapters_of
 from mllama_jax.train.settings import Recipe

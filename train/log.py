@@ -108,14 +108,16 @@ class Log:
         """
         found = scores(answers)
         accuracies = {f"accuracy/{score.kind}": score.accuracy for score in found}
-        self._write("metrics", "held_out", step, {"eval_loss": loss, **accuracies})
+        numbers = {"eval_loss": loss, **accuracies}
+        self._write("metrics", "held_out", step, numbers)
         self._progress.say(f"Held-out answers after step {step}, loss {loss:.4f}:\n{table(found)}")
         shown = answers[: self._job.config.logging.samples]
         if self._curves is None or not shown:
             return
         self._curves.samples(step, shown)
         self._curves.flush()
-        self.say(f"Samples: {write_samples(self._job.output / 'samples', step, shown)}")
+        page = write_samples(self._job.output / "samples", step, shown, numbers)
+        self.say(f"Samples: {page}")
 
     def _write(self, file: str, group: str, step: int, numbers: Numbers) -> None:
         if self._curves is not None:

@@ -1,13 +1,12 @@
 """A profiler's trace of some steps, on request."""
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
 
 import jax
 from etils import epath
-
-from mllama_jax.train.step import TrainState
 
 
 class Profiler:
@@ -21,20 +20,21 @@ class Profiler:
         self._folder = os.fspath(folder)
         self._first, self._last = steps or (0, 0)
         self._runs = False
+        self._step = ExitStack()
 
-    @contextmanager
-    def step(self, step: int) -> Iterator[None]:
-        """Around the dispatch of a step."""
-        if not self._runs and self._first <= step <= self._last:
-            jax.profiler.start_trace(self._folder)
-            self._runs = True
-        with jax.profiler.StepTraceAnnotation("train", step_num=step):
-            yield
+    def before(self, step: int) -> None:
+        """Before a step is dispatched."""
+        if self._first <= step <= self._last:
+            if not self._runs:
+                jax.profiler.start_trace(self._folder)
+                self._runs = True
+            self._step.enter_context(jax.profiler.StepTraceAnnotation("train", step_num=step))
 
-    def after(self, step: int, state: TrainState) -> None:
-        """Ends the trace behind its last step, when the device has done it."""
+    def after(self, step: int, results: Any) -> None:
+        """Behind it; ends the trace behind its last step, when the device has done it."""
+        self._step.close()
         if self._runs and step >= self._last:
-            jax.block_until_ready(state.step)
+            jax.block_until_ready(results)
             self._stop()
 
     def _stop(self) -> None:
@@ -45,5 +45,6 @@ class Profiler:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._step.close()
         if self._runs:
             self._stop()

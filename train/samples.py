@@ -23,7 +23,7 @@ _SIDE = 320
 
 def write_samples(
     folder: epath.Path, step: int, answers: Sequence[Answer], numbers: Numbers
-) -> None:
+) -> epath.Path:
     """Writes a page that needs nothing else; an unreadable picture is a box that says why.
 
     Args:
@@ -31,6 +31,9 @@ def write_samples(
         step: after which the model answered.
         answers: those that are shown.
         numbers: of the whole evaluation.
+
+    Returns:
+        Where the page is.
     """
     folder.mkdir(parents=True, exist_ok=True)
     right = sum(answer.is_right for answer in answers)
@@ -41,12 +44,9 @@ def write_samples(
     for number, answer in enumerate(answers, start=1):
         _item(number, answer, thumbnails).write(page, thumbnails)
     page.write(FOOT)
-    replace_text(folder / page_name(step), page.getvalue())
-
-
-def page_name(step: int) -> str:
-    """Of the page of a step: their order is that of the steps."""
-    return f"step_{step:06}.html"
+    file = folder / f"step_{step:08d}.html"
+    replace_text(file, page.getvalue())
+    return file
 
 
 def _item(number: int, answer: Answer, thumbnails: Thumbnails) -> Item:

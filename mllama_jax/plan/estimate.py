@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 
 from mllama_jax.configs import MllamaConfig
-from mllama_jax.plan.flops import encoded_length, image_length
+from mllama_jax.flops import encoded_length, image_length
 from mllama_jax.plan.job import Job
 from mllama_jax.plan.memory import type_text
 from mllama_jax.plan.programs import Program, bytes_a_device

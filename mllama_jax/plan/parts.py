@@ -23,7 +23,7 @@ _PARTS: Mapping[str, str] = {
     r"^jit\((prefill|decode)\)": "sampling",
 }
 PARTS: tuple[str, ...] = (*_PARTS.values(), COPIES, OTHER)
-"""The parts, in the order in which they are looked for; see also `mllama_jax.plan.flops`.
+"""The parts, in the order in which they are looked for; see also `mllama_jax.flops`.
 
 An operation of `mllama_jax.train.step.train_step` that is of no module and not differentiated is
 the optimizer's; one of `mllama_jax.generation.decoding.decode`, sampling.

@@ -7,11 +7,12 @@ from pathlib import Path
 import jax
 
 from mllama_jax.configs import MllamaConfig
+from mllama_jax.flops import total
 from mllama_jax.plan import store
 from mllama_jax.plan.advice import advice
 from mllama_jax.plan.bounds import time_bound, uncosted
 from mllama_jax.plan.estimate import estimated_temporaries
-from mllama_jax.plan.flops import job_flops, total
+from mllama_jax.plan.flops import job_flops
 from mllama_jax.plan.hlo import OutOfMemory, out_of_memory, program_cost
 from mllama_jax.plan.job import Job, resolved
 from mllama_jax.plan.kernels import kernel_cost

@@ -1,6 +1,6 @@
 """Jobs that a training run's configuration describes."""
 
-from mllama_jax.plan.flops import PartFlops, image_length
+from mllama_jax.flops import PartFlops, image_length
 from mllama_jax.plan.job import Job
 from mllama_jax.plan.programs import Model
 from mllama_jax.train.config import TrainConfig
