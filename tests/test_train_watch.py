@@ -2,15 +2,15 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import flax.traverse_util
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from etils import epath
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import metrics, write_records, write_start
@@ -31,7 +31,6 @@ from mllama_jax.train.held_out import HeldOut
 from mllama_jax.train.job import open_job
 from mllama_jax.train.log_settings import LoggingConfig
 from mllama_jax.train.loop import train
-from mllama_jax.train.profiling import Profiler
 from mllama_jax.train.settings import LoraConfig, Recipe
 from mllama_jax.train.speed import memory, peak_flops
 from mllama_jax.train.step import train_step
@@ -116,15 +115,30 @@ def test_the_summary_shows_the_end(run):
     assert (pixels < 250).any(-1).mean() > 0.02
 
 
+TRACED = """
+import sys
+import jax.numpy as jnp
+from pathlib import Path
+from etils import epath
+from mllama_jax.train.profiling import Profiler
+
+folder = epath.Path(sys.argv[1])
+with Profiler(folder, (2, 3)) as profiler:
+    for step in (1, 2, 3, 4):
+        assert bool(list(Path(folder).rglob("*.xplane.pb"))) == (step == 4), step
+        profiler.before(step)
+        profiler.after(step, jnp.ones(3).sum())
+with Profiler(folder / "none", ()) as profiler:
+    profiler.before(1)
+    profiler.after(1, jnp.ones(3))
+"""
+
+
 def test_the_steps_that_were_asked_for_are_traced(tmp_path):
-    with Profiler(epath.Path(tmp_path), (2, 3)) as profiler:
-        for step in (1, 2, 3, 4):
-            assert bool(list(tmp_path.rglob("*.xplane.pb"))) == (step == 4)
-            profiler.before(step)
-            profiler.after(step, jnp.ones(3).sum())
-    with Profiler(epath.Path(tmp_path / "none"), ()) as profiler:
-        profiler.before(1)
-        profiler.after(1, jnp.ones(3))
+    """In a process of its own, which has no more than one profiler."""
+    subprocess.run([sys.executable, "-c", TRACED, str(tmp_path)], check=True)
+    [trace] = tmp_path.rglob("*.xplane.pb")
+    assert b"train" in trace.read_bytes()
     assert not (tmp_path / "none").exists()
 
 

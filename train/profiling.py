@@ -26,7 +26,10 @@ class Profiler:
         """Before a step is dispatched."""
         if self._first <= step <= self._last:
             if not self._runs:
-                jax.profiler.start_trace(self._folder)
+                options = jax.profiler.ProfileOptions()
+                # It hooks into all threads, those of checkpoints and data too, and has crashed so.
+                options.python_tracer_level = 0
+                jax.profiler.start_trace(self._folder, profiler_options=options)
                 self._runs = True
             self._step.enter_context(jax.profiler.StepTraceAnnotation("train", step_num=step))
 
