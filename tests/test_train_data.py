@@ -374,6 +374,22 @@ def test_a_restored_iterator_goes_on_with_the_batches_that_would_have_come(examp
 # Scores
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_any_number_of_threads_gives_the_same_batches(example, tmp_path, packing):
+    """More of them than a window has batches: they ask for many windows at a time."""
+    write_records(tmp_path / "few.jsonl", 12)
+
+    def ids(threads: int) -> list[list[list[int]]]:
+        config = DataConfig(
+            str(tmp_path / "few.jsonl"),
+            **{"batch_size": 8, "lengths": (32,), "threads": threads, "packing": packing},
+        )
+        batches = make_dataset(open_sources(config), example, config, steps=40, seed=3)
+        return [batch.arrays["input_ids"].tolist() for batch in batches]
+
+    assert ids(16) == ids(1)
+
+
 def test_scores_are_counted_by_kind_and_compare_word_for_word(records):
     said = [Answer(record, record.answer) for record in records[:4]]
     said += [Answer(records[4], "It is odd."), Answer(records[5], "it is odd.")]

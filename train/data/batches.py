@@ -212,9 +212,8 @@ def make_dataset(
     plan = BatchPlan(sources, make, config, steps, seed)
     rows = range(config.batch_size) if rows is None else rows
     dataset = grain.MapDataset.source(plan).map(Collator(processor, sources, make, rows))
-    ahead = 2 * config.threads * plan.places_a_batch
     batches = dataset.to_iter_dataset(
-        grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=ahead)
+        grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=plan.places_ahead)
     )
     if not config.packing:
         return batches

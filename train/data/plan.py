@@ -1,5 +1,6 @@
 """Which examples stand together in a batch, known to every process without asking the others."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -83,7 +84,10 @@ class BatchPlan:
         self._num_places = num_batches * (self._window_places if config.packing else 1)
         # The next window is made while batches of this one are.
         self._maker = ThreadPoolExecutor(max_workers=1)
-        self._windows: dict[int, Future[list[PlannedBatch | None]]] = {}
+        self._windows: OrderedDict[int, Future[list[PlannedBatch | None]]] = OrderedDict()
+        # Threads ask in no fixed order, and where windows are short, for many at a time.
+        apart = self.places_ahead + config.threads
+        self._most_windows = 2 + -(-apart // self._window_places)
         self._lock = Lock()
 
     def __len__(self) -> int:
@@ -95,15 +99,21 @@ class BatchPlan:
         """How far apart batches are, about."""
         return -(-self._window_places // WINDOW_BATCHES) if self._config.packing else 1
 
+    @property
+    def places_ahead(self) -> int:
+        """How far to read ahead: so that each thread has about two batches to make."""
+        return 2 * self._config.threads * self.places_a_batch
+
     def __getitem__(self, index: int) -> PlannedBatch | None:
         number, place = divmod(int(index), self._window_places)
         with self._lock:
             for near in (number, number + 1):
                 if near not in self._windows and near * self._window_places < len(self):
                     self._windows[near] = self._maker.submit(self._window, near)
+            self._windows.move_to_end(number)
             window = self._windows[number]
-            for old in [n for n in self._windows if not number - 1 <= n <= number + 1]:
-                self._windows.pop(old).cancel()
+            while len(self._windows) > self._most_windows:
+                self._windows.popitem(last=False)  # others may still wait for it: not cancelled
         return window.result()[place]
 
     def _window(self, number: int) -> list[PlannedBatch | None]:
