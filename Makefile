@@ -12,7 +12,7 @@ demo: $(VENV)/.installed  ## watch the example model read pictures and answer qu
 	$(BIN)/mllama-jax demo
 
 test: $(VENV)/.installed-dev  ## run the test suite
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --max-worker-restart 0
 
 lint: $(VENV)/.installed-dev  ## check style and types
 	$(BIN)/ruff check .

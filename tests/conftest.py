@@ -2,11 +2,18 @@
 
 import os
 
-# Before jax is imported: libtpu, which the planner's tests compile with, would look for a TPU.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+from processes import cpu_devices
 
+# libtpu, which the planner's tests compile with, would look for a TPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.update(cpu_devices(1))
+
+import jax
 import pytest
 from jaxtyping import install_import_hook
+
+jax.devices()  # reads the flags; libtpu would end the process at those it does not know
+del os.environ["XLA_FLAGS"]
 
 CHECKED = (
     *("attention", "decoder", "loss", "masks", "rope"),

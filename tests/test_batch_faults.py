@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from asking import EXAMPLE, PICTURES, ask
-from processes import results, start
+from processes import cpu_devices, results, start
 
 from mllama_jax.batch.requests import Request
 
@@ -106,14 +106,13 @@ def command(folder: Path, output: str, *words: str, **environment: str) -> subpr
         "--max-tiles": 4,
         "--compilation-cache": folder / "compiled",
     }
-    flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
     return subprocess.Popen(
         [
             *(sys.executable, "-m", "mllama_jax", "batch"),
             *(str(word) for item in options.items() for word in item),
             *words,
         ],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **environment},
+        env={**os.environ, **cpu_devices(1), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

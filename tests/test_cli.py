@@ -1,5 +1,6 @@
 """The commands, as a user types them, with the example model."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -30,8 +31,10 @@ def failure(run, *words: object) -> str:
     return str(error.value)
 
 
-def test_demo_answers_and_draws(run, tmp_path):
-    printed = run("demo", "--output", tmp_path)
+def test_demo_answers_and_draws(tmp_path):
+    """In a process of its own, with programs compiled as for users."""
+    command = [sys.executable, "-m", "mllama_jax", "demo", "--output", str(tmp_path)]
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     assert "answers are right" in printed
     asked = len((EXAMPLE / "demo" / "questions.jsonl").read_text().splitlines())
     right = int(printed.split(" of ")[0].split()[-1])

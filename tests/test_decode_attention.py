@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import cpu_devices
 from tiny_model import CONFIG, make_inputs, random_params
 
 import mllama_jax as mj
@@ -141,10 +142,8 @@ def test_generated_tokens_are_those_of_xla():
 
 def test_on_meshes():
     """Among them one with fewer key/value heads than devices along tensor."""
-    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    subprocess.run(
-        [sys.executable, Path(__file__)], env=os.environ | devices, check=True, timeout=120
-    )
+    environment = os.environ | cpu_devices(8)
+    subprocess.run([sys.executable, Path(__file__)], env=environment, check=True, timeout=120)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,6 @@ from mllama_jax.train.data.records import BadRecord
 from mllama_jax.train.data.settings import DataConfig, data_problems
 from mllama_jax.train.data.sources import open_sources
 
-# Compiled in a fifth of the time.
-QUICK: Any = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 LENGTH, MOST_IMAGES = 90, 3
 
 
@@ -246,7 +243,7 @@ def test_an_epoch_has_the_same_loss_packed_and_not(folder, processor):
     model = mj.MllamaForConditionalGeneration(tiny_config(), attention="reference")
     params = random_params(model)
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def loss(arrays: Any) -> Any:
         return model.apply({"params": params}, **arrays, method="loss")
 

@@ -17,8 +17,6 @@ from mllama_jax.decoder_inputs import segment_positions
 
 MODEL = mj.MllamaForConditionalGeneration(CONFIG, attention="reference")
 PACKED = packed()
-# Compiled in a fifth of the time.
-QUICK: Any = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +24,7 @@ def params() -> Any:
     return random_params(MODEL)
 
 
-@partial(jax.jit, static_argnames="model", compiler_options=QUICK)
+@partial(jax.jit, static_argnames="model")
 def learn(params: Any, inputs: Any, model: Any = MODEL) -> Any:
     """(mean of the losses, logits), gradients of the mean."""
 
@@ -42,7 +40,7 @@ def plain_logits(params: Any, inputs: Any) -> Any:
     return MODEL.apply({"params": params}, **inputs).logits
 
 
-logits = jax.jit(plain_logits, compiler_options=QUICK)
+logits = jax.jit(plain_logits)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +76,7 @@ def test_packed_texts_give_what_each_gives_alone(params: Any, expected: Any, kin
 
 
 def test_the_loss_in_chunks_is_that_of_the_labels_within_texts(params: Any, expected: Any):
-    @partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def loss(params: Any) -> Any:
         return MODEL.apply({"params": params}, **PACKED, tokens_at_once=50, method="loss")
 
@@ -97,7 +95,7 @@ def test_no_text_is_touched_by_another(params: Any):
         changed = {**inputs, "pixel_values": given[0], "inputs_embeds": given[1]}
         return (plain_logits(params, changed)[row, tokens] ** 2).sum()
 
-    pixels, embeds = jax.jit(jax.grad(size), compiler_options=QUICK)(
+    pixels, embeds = jax.jit(jax.grad(size))(
         (PACKED["pixel_values"], embedding[PACKED["input_ids"]])
     )
     for gradient, own in ((pixels, pictures), (embeds, tokens)):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import assert_like_reference, make_cases
+from processes import cpu_devices
 from tiny_model import CONFIG, make_inputs, random_params
 
 import mllama_jax as mj
@@ -182,7 +183,7 @@ def test_cost_of_causal_attention():
 def run_in_process(task: str, **environment: str) -> str:
     return subprocess.run(
         [sys.executable, TESTS / "splash_devices.py", task],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
+        env={**os.environ, **environment},
         cwd=TESTS,
         check=True,
         timeout=300,
@@ -192,7 +193,7 @@ def run_in_process(task: str, **environment: str) -> str:
 
 
 def test_on_meshes():
-    run_in_process("meshes", XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    run_in_process("meshes", **cpu_devices(8))
 
 
 def test_compiles_for_tpus_without_a_score_matrix():

@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from processes import results, start
+from processes import cpu_devices, results, start
 from tiny_run import assert_same_end, metrics, write_records, write_start
 
 from mllama_jax.train.checkpoints import open_checkpoints
@@ -81,6 +81,7 @@ class Run:
         file.write_text(to_yaml(config))
         environment = {
             **os.environ,
+            **cpu_devices(1),
             # Programs that a process before has compiled are not compiled again.
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

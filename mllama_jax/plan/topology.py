@@ -147,9 +147,11 @@ def known_topologies() -> str:
 def prepare_environment() -> None:
     """Keeps a program that only plans off the accelerators of the machine it runs on.
 
-    To be called before JAX has looked for devices; later it changes nothing.
+    To be called before JAX has looked for devices; later it changes nothing. Flags for XLA in the
+    environment are dropped: the TPU compiler ends a process at one that is another compiler's.
     """
     jax.config.update("jax_platforms", "cpu")
+    os.environ.pop("XLA_FLAGS", None)
 
 
 def _dims(shape: str) -> tuple[int, ...]:
