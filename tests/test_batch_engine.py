@@ -26,6 +26,7 @@ from PIL import Image
 from mllama_jax.batch.answers import Answer, Failure
 from mllama_jax.batch.engine import Engine
 from mllama_jax.batch.pictures import PictureSources
+from mllama_jax.batch.prepare import prepare
 from mllama_jax.batch.requests import Request, SamplingOptions
 
 
@@ -48,8 +49,8 @@ def test_nothing_is_compiled_after_the_warm_up(compiled: list[str]):
     engine.warm_up()
     programs = engine.stats.programs
     # Two lengths of prompts and further chunks, and decoding, each with and without pictures; the
-    # encoder, its result's way into a slot, and the first token.
-    assert programs == 2 * (2 + 1 + 1) + 1 + 1 + 1
+    # encoder, its result's way into a slot, the first token, and a prompt's way to another slot.
+    assert programs == 2 * (2 + 1 + 1) + 1 + 1 + 1 + 1
     answers(engine, mixed(4, seed=1))
     compiled.clear()
     answers(engine, mixed(20, seed=2) + mixed(6, seed=3, temperature=0.7, n=2, logprobs=3))
@@ -127,7 +128,7 @@ def test_missing_tiles_are_computed_once(tmp_path: Path):
     programs = engine.stats.programs
     found = answers(engine, requests)
     # Of two, three and four tiles.
-    assert programs == 2 * (2 + 1 + 1) + 3 + 1 + 1
+    assert programs == 2 * (2 + 1 + 1) + 3 + 1 + 1 + 1
     assert engine.stats.programs == programs
     for request in requests:
         [message] = request.messages or ()
@@ -230,6 +231,84 @@ def test_several_answers_and_log_probabilities():
     for place, entry in enumerate(rest):
         assert entry.token_id == ids[place + 1]
         assert entry.logprob == pytest.approx(float(expected[place, entry.token_id]), abs=2e-4)
+
+
+def read_again(engine: Engine) -> Any:
+    """A prompt's copy that isn't one: the slot reads the prompt and the pictures itself."""
+
+    def copy_prompt(_: int, slot: int, answer: Any) -> Any:
+        device, prepared = engine._device, answer.job.prepared
+        whole = prepare(prepared.request, PROCESSOR, engine._sources, max_length=96, max_tiles=8)
+        device.encode(whole.pictures)
+        device.write_pictures(slot, whole.pictures)
+        while (chunk := device.prefill(slot, answer)) is None:
+            pass
+        return chunk
+
+    return copy_prompt
+
+
+@pytest.mark.parametrize("n", [3, 7])
+def test_answers_to_one_request_share_its_prompt(n: int):
+    """In three slots; what differs is the draw."""
+    one = ask("one", "Which digit is this? " * 5, 1, 4, temperature=2.0, seed=3, max_tokens=9)
+    many = replace(one, options=replace(one.options, n=n, repetition_penalty=8.0, logprobs=1))
+    engine = make_engine(pictures_kept=0)
+    [answer] = engine.run([many])
+    assert isinstance(answer, Answer)
+    prompt = len(answer.prepared.input_ids)
+    assert prompt > OPTIONS.prompt_lengths[-1]
+    assert engine.stats.tokens_in == prompt
+    assert (engine.stats.pictures_encoded, engine.stats.pictures_reused) == (2, 0)
+    assert answer.prepared.num_bytes == 0  # nobody needs the pixels any more
+
+    apart = make_engine()
+    apart._device.copy_prompt = read_again(apart)  # type: ignore[method-assign]
+    [expected] = apart.run([many])
+    assert isinstance(expected, Answer)
+    assert len({choice.token_ids for choice in answer.choices}) > 1
+    for choice, other in zip(answer.choices, expected.choices, strict=True):
+        assert (choice.token_ids, choice.text) == (other.token_ids, other.text)
+        for entry, same in zip(choice.logprobs or (), other.logprobs or (), strict=True):
+            assert entry.logprob == pytest.approx(same.logprob, abs=1e-4)
+
+
+def test_a_default_limit_is_cut_to_the_room_and_a_given_one_is_not():
+    text = "Which digit is this?"
+    default = replace(GREEDY, max_tokens=None, default_max_tokens=500, ignore_eos=True)
+    requests = [
+        ask("default", text, options=default),
+        ask("short default", text, options=replace(default, default_max_tokens=3)),
+        ask("given", text, options=replace(default, max_tokens=500)),
+    ]
+    found = answers(make_engine(), requests)
+    prompt = len(found["default"].prepared.input_ids)
+    [choice] = found["default"].choices
+    assert len(choice.token_ids) == OPTIONS.max_length - prompt + 1
+    assert choice.finish_reason == "length"
+    assert len(tokens(found["short default"])) == 3
+    assert "max_tokens=500: together more than the 96" in str(found["given"].error)
+
+
+@pytest.mark.parametrize("after", ["failure", "answer"])
+def test_leaving_early_does_not_disturb_the_next_run(after: str):
+    engine = make_engine()
+    long = [
+        ask(f"long {i}", "Which digit is this?", i, max_tokens=60, ignore_eos=True)
+        for i in range(6)
+    ]
+    broken = ask("broken", "Which digit is this? " * 60)
+    first = [long[0], broken] if after == "failure" else [ask("short", "Which?", max_tokens=2)]
+    for result in engine.run([*first, *long[1:]]):
+        assert isinstance(result, Failure) == (after == "failure")
+        break
+    del result
+    assert engine.stats.slots_busy == 0
+    requests = mixed(5, seed=8)
+    expected = answers(make_engine(), requests)
+    found = answers(engine, requests)
+    for name, answer in found.items():
+        assert tokens(answer) == tokens(expected[name])
 
 
 def test_it_stops_when_told():

@@ -221,9 +221,10 @@ def text(words):
     return {"type": "text", "text": words}
 
 
-def prepared(request, processor, sources=None, max_length=4096):
+def prepared(request, processor, sources=None, max_length=4096, max_tiles=64):
     sources = PictureSources() if sources is None else sources
-    return prepare(request, processor, sources, max_length=max_length, date_string=DATE)
+    sizes = {"max_length": max_length, "max_tiles": max_tiles}
+    return prepare(request, processor, sources, **sizes, date_string=DATE)
 
 
 def assert_same(found: PreparedRequest, features):
@@ -234,13 +235,15 @@ def assert_same(found: PreparedRequest, features):
     if not found.pictures:
         assert found.spans == ()
         return
-    pixel_values = np.stack([picture.pixel_values for picture in found.pictures])
-    np.testing.assert_array_equal(pixel_values, features["pixel_values"][0])
+    whole = features["pixel_values"][0]
+    for picture, tiles in zip(found.pictures, whole, strict=True):
+        np.testing.assert_array_equal(picture.pixel_values, tiles[: picture.num_tiles])
+        assert picture.pixel_values.base is None  # the empty tiles' memory is free
     ids = [picture.aspect_ratio_id for picture in found.pictures]
     assert ids == features["aspect_ratio_ids"][0].tolist()
     num_tiles = [picture.num_tiles for picture in found.pictures]
     assert num_tiles == features["aspect_ratio_mask"][0].sum(-1).tolist()
-    shape = (1, len(found.input_ids), *pixel_values.shape[:2])
+    shape = (1, len(found.input_ids), *whole.shape[:2])
     mask = cross_attention_mask([found.spans], [num_tiles], shape)
     np.testing.assert_array_equal(mask, features["cross_attention_mask"])
 
@@ -320,6 +323,51 @@ def test_a_key_is_the_content(processor, folder):
         found.pictures[0].pixel_values[:3], found.pictures[2].pixel_values[:3]
     )
     assert len({picture.key for picture in found.pictures}) == 3
+
+
+def count_reads(monkeypatch):
+    read, sources = [], PictureSources.read
+
+    def counted(self, source):
+        read.append(source)
+        return sources(self, source)
+
+    monkeypatch.setattr(PictureSources, "read", counted)
+    return read
+
+
+def test_pictures_are_only_read_as_far_as_there_is_room(processor, folder, monkeypatch):
+    read = count_reads(monkeypatch)
+    sources = PictureSources((folder,))
+
+    def asked(*names):
+        return chat([{"role": "user", "content": [image(name) for name in names]}])
+
+    with pytest.raises(RequestError, match="at least 4000 tiles together, more than the 8") as why:
+        prepared(asked(*["open/a b.png"] * 4000), processor, sources, 8192, max_tiles=8)
+    assert (why.value.field, why.value.custom_id, read) == ("messages", "one", [])
+    with pytest.raises(RequestError, match=r"neither|images|at least 9 tiles") as why:
+        prepared(completion("", images=["a"] * 9), processor, sources, max_tiles=8)
+    assert (why.value.field, read) == ("images", [])
+
+    names = [f"wide{i}.png" for i in range(4)]
+    for i, name in enumerate(names):
+        (folder / name).write_bytes(encoded((112, 28), colour=(i, 0, 0)))
+    with pytest.raises(RequestError, match="at least 12 tiles together, more than the 11"):
+        prepared(asked(*names), processor, sources, max_tiles=11)
+    assert read == names[:3]
+
+
+def test_a_picture_that_is_named_again_is_read_once(processor, folder, monkeypatch):
+    read = count_reads(monkeypatch)
+    parts = [image(name) for name in ("open/a b.png", data_url(encoded()), "open/a b.png")]
+    sources = PictureSources((folder,))
+    found = prepared(chat([{"role": "user", "content": parts}]), processor, sources)
+    assert len(read) == 2
+    assert found.pictures[0] is found.pictures[2]
+    assert found.num_bytes == sum(p.pixel_values.nbytes for p in found.pictures[:2])
+    assert found.without_pixels().num_bytes == 0
+    assert [p.num_tiles for p in found.without_pixels().pictures] == [1, 1, 1]
 
 
 def test_how_a_chat_ends(processor):

@@ -110,7 +110,10 @@ def test_every_parameter_of_a_chat():
         allowed_token_ids=(1, 2),
         response_format=schema,
     )
-    assert {item.name for item in dataclasses.fields(SamplingOptions)} - {"echo"} <= {
+    assert {item.name for item in dataclasses.fields(SamplingOptions)} - {
+        "echo",
+        "default_max_tokens",
+    } <= {
         "max_tokens",
         *given,
     }
@@ -123,7 +126,7 @@ def test_a_completion():
         "<|image|>Once",
         ("a.png",),
     )
-    options = SamplingOptions(max_tokens=COMPLETION_MAX_TOKENS, echo=True, logprobs=0, n=2)
+    options = SamplingOptions(default_max_tokens=COMPLETION_MAX_TOKENS, echo=True, logprobs=0, n=2)
     assert request.options == options
     assert completion(prompt=[5, 6]).prompt == (5, 6)
     assert completion(prompt=[[5, 6]]).prompt == (5, 6)
@@ -437,7 +440,12 @@ def test_the_checkpoints_own_defaults():
         "temperature": None,
     }
     assert default_options(GenerationConfig.from_dict(full)) == SamplingOptions(
-        top_k=7, min_p=0.1, repetition_penalty=1.2, max_tokens=9, min_tokens=1, stop=("END",)
+        top_k=7,
+        min_p=0.1,
+        repetition_penalty=1.2,
+        default_max_tokens=9,
+        min_tokens=1,
+        stop=("END",),
     )
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mllama_jax.batch.copying import copy_prompt
 from mllama_jax.batch.options import EngineOptions
 from mllama_jax.batch.prepare import PreparedPicture
 from mllama_jax.batch.programs import (
@@ -86,7 +87,7 @@ class Device:
         options = self._options
         vision = self._model.config.vision_config
         tile = (vision.num_channels, vision.image_size, vision.image_size)
-        nothing = np.zeros((vision.max_num_tiles, *tile), np.float32)
+        nothing = np.zeros((1, *tile), np.float32)
         blank = PreparedPicture(b"", nothing, aspect_ratio_id=1, num_tiles=1)
         for num_computed in {self._num_computed(n + 1) for n in range(vision.max_num_tiles)}:
             for size in self._encoder_batches:
@@ -95,7 +96,7 @@ class Device:
         self._features.clear()
 
         lengths = [(T, True) for T in options.prompt_lengths]
-        if options.max_length > options.prompt_lengths[-1]:
+        if options.cache_length > options.prompt_lengths[-1]:
             lengths.append((options.prompt_lengths[-1], False))
         rules = make_row_rules(SamplingOptions(), self._vocab_size, default_seed=0)
         for T, is_first in lengths:
@@ -105,6 +106,7 @@ class Device:
             for num_tiles in (0, *options.tile_counts):
                 logits, _ = self._prefill(chunk, num_tiles=num_tiles, is_first=is_first)
         self._start(logits, 0, 1, rules)
+        self._copy_prompt(0, 0, 1)
         for with_images in (False, True):
             self._decode(np.ones(options.num_slots, bool), 1, with_images=with_images)
 
@@ -139,9 +141,11 @@ class Device:
     def _encode(self, pictures: list[PreparedPicture], size: int, num_computed: int) -> None:
         self._programs.add(("encode", size, num_computed))
         filled = pictures + pictures[-1:] * (size - len(pictures))
-        pixels = np.stack([p.pixel_values[None] for p in filled])
+        num_tiles = self._model.config.vision_config.max_num_tiles
+        pixels = np.zeros((size, 1, num_tiles, *filled[0].pixel_values.shape[1:]), np.float32)
+        for row, picture in zip(pixels, filled, strict=True):
+            row[0, : picture.num_tiles] = picture.pixel_values
         ids = np.array([[p.aspect_ratio_id] for p in filled], np.int32)
-        num_tiles = pixels.shape[2]
         tiles = np.array([[np.arange(num_tiles) < p.num_tiles] for p in filled], np.int32)
         mesh = self._model.mesh
         placed = (place(x, mesh, "batch", *[None] * (x.ndim - 1)) for x in (pixels, ids, tiles))
@@ -194,6 +198,8 @@ class Device:
             answer.job.prompt_logprobs.append((prompt_logprobs, size))
         if not answer.is_filled:
             return None
+        if answer.job.options.n > 1:
+            answer.job.logits = logits
         return self._start(logits, slot, answer.limit, answer.rules)
 
     def _prefill(
@@ -233,11 +239,30 @@ class Device:
             first_tile += picture.num_tiles
         return tiles
 
-    def decode(self, owners: Mapping[int, Answering], *, one_step: bool) -> Chunk:
-        """New tokens of the slots that have an owner; all others are ended."""
-        guides = {slot: a.guide for slot, a in owners.items() if a.guide is not None}
-        if guides:
-            self._guide(guides)
+    def copy_prompt(self, source: int, slot: int, answer: Answering) -> Chunk:
+        """Gives a slot the prompt that another has read for the same request; then comes the first
+        token."""
+        logits = answer.job.logits
+        assert logits is not None
+        answer.position = len(answer.job.prepared.input_ids)
+        self._copy_prompt(source, slot, answer.position)
+        return self._start(logits, slot, answer.limit, answer.rules)
+
+    def _copy_prompt(self, source: int, slot: int, length: int) -> None:
+        self._programs.add(("copy_prompt",))
+        numbers = self._placed(np.int32(source), np.int32(slot), np.int32(length))
+        self._slots = copy_prompt(self._model, self._slots, *numbers)
+
+    def decode(
+        self, owners: Mapping[int, Answering], masks: Mapping[int, np.ndarray], *, one_step: bool
+    ) -> Chunk:
+        """New tokens of the slots that have an owner; all others are ended.
+
+        Args:
+            masks: of the guided slots, `Guide.mask`.
+        """
+        if masks:
+            self._guide(masks)
         stopped = np.ones(self._options.num_slots, bool)
         stopped[list(owners)] = False
         return self._decode(
@@ -259,14 +284,14 @@ class Device:
         )
         return chunk
 
-    def _guide(self, guides: Mapping[int, Any]) -> None:
+    def _guide(self, masks: Mapping[int, np.ndarray]) -> None:
         self._programs.add(("guide",))
         num_slots = self._options.num_slots
-        masks = np.zeros((num_slots, math.ceil(self._vocab_size / 32)), np.uint32)
+        words = np.zeros((num_slots, math.ceil(self._vocab_size / 32)), np.uint32)
         rows = np.zeros(num_slots, bool)
-        for slot, guiding in guides.items():
-            masks[slot], rows[slot] = guiding.mask(), True
-        self._slots = guide(self._slots, *self._placed(masks, rows))
+        for slot, mask in masks.items():
+            words[slot], rows[slot] = mask, True
+        self._slots = guide(self._slots, *self._placed(words, rows))
 
     def _placed(self, *values: Any) -> tuple[Any, ...]:
         """Small arrays of the host on all devices."""
@@ -302,7 +327,7 @@ def empty_slots(model: Any, options: EngineOptions) -> Slots:
             return jnp.zeros(num_slots, jnp.int32)
 
         cache = MllamaCache.create(
-            model.text_config, num_slots, options.max_length, tokens, jnp.dtype(model.dtype)
+            model.text_config, num_slots, options.cache_length, tokens, jnp.dtype(model.dtype)
         )
         return Slots(
             cache=replace(cache, length=none()).split_over(model.mesh),

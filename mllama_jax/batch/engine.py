@@ -4,7 +4,6 @@ A fixed number of slots is kept busy. The host only decides who gets a slot and 
 late, what became of it; every token is chosen on the device.
 """
 
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -13,44 +12,24 @@ from typing import Any
 import jax
 import numpy as np
 
+from mllama_jax.batch.admission import Admission
 from mllama_jax.batch.answers import Answer, Failure, Timings
 from mllama_jax.batch.device import Device
 from mllama_jax.batch.feeder import Feeder
-from mllama_jax.batch.guided import Guide, GuideFactory
 from mllama_jax.batch.options import EngineOptions
 from mllama_jax.batch.pictures import PictureSources
-from mllama_jax.batch.prepare import prepare
+from mllama_jax.batch.prepare import prepare, sources_of
 from mllama_jax.batch.programs import Chunk, Logprobs
 from mllama_jax.batch.requests import Request, RequestError
-from mllama_jax.batch.rules import RowRules, bad_word_tokens, make_row_rules
 from mllama_jax.batch.sequences import Job, Sequence, token_logprob
+from mllama_jax.batch.stats import EngineStats
 from mllama_jax.generation.config import GenerationConfig
 from mllama_jax.pretrained import Params
 
 __all__ = ["Engine", "EngineOptions", "EngineStats"]
 
-
-@dataclass(frozen=True)
-class EngineStats:
-    """What the engine has done so far.
-
-    Attributes:
-        done, failed: requests.
-        tokens_in, tokens_out: of prompts that were read, and of answers.
-        slots_busy, num_slots: now.
-        pictures_encoded, pictures_reused: distinct pictures, and those that were found kept.
-        programs: compiled so far.
-    """
-
-    done: int
-    failed: int
-    tokens_in: int
-    tokens_out: int
-    slots_busy: int
-    num_slots: int
-    pictures_encoded: int
-    pictures_reused: int
-    programs: int
+_DOWNLOADS = 16
+"""Further threads where pictures are fetched: they wait for the network, not for a processor."""
 
 
 @dataclass(frozen=True)
@@ -107,18 +86,26 @@ class Engine:
         if generation is None:
             generation = GenerationConfig.from_model_config(model.text_config)
         self._end_tokens = frozenset(generation.eos_token_ids)
-        self._guides = GuideFactory(
-            processor.tokenizer, model.text_config.vocab_size, sorted(self._end_tokens)
+        self._admission = Admission(
+            processor.tokenizer,
+            model.text_config.vocab_size,
+            self._end_tokens,
+            self.options.max_length,
         )
         self._device = Device(model, params, self.options, self._end_tokens)
-        self._vocab_size = model.text_config.vocab_size
+        self._forget_all()
+        self._stopping = False
+        self._done = self._failed = self._tokens_in = self._tokens_out = 0
+
+    def _forget_all(self) -> None:
+        """Nothing is being answered. The device ends what has no owner with the next decoding."""
         self._occupied: list[Sequence | None] = [None] * self.options.num_slots
         self._filling: deque[tuple[int, Sequence]] = deque()
+        # Whose prompt a slot has read, if further answers to the request may copy it.
+        self._read: list[Job | None] = [None] * self.options.num_slots
         self._waiting: deque[Sequence] = deque()
         self._dispatched: deque[_Dispatch] = deque()
         self._answers: deque[Answer | Failure] = deque()
-        self._stopping = False
-        self._done = self._failed = self._tokens_in = self._tokens_out = 0
 
     @property
     def stats(self) -> EngineStats:
@@ -148,15 +135,21 @@ class Engine:
     ) -> Iterator[Answer | Failure]:
         """Answers requests, each as soon as it is complete.
 
+        Whoever leaves the iterator before its end gives up what it has not got yet; the engine can
+        run again.
+
         Args:
-            requests: read lazily, a bounded number ahead of the devices.
+            requests: read lazily, a bounded number and size ahead of the devices.
             after_step: called after each dispatch, for those who watch `stats`.
         """
+        downloads = _DOWNLOADS if self._sources.allow_remote else 0
         feeder = Feeder(
             requests,
             self._prepared,
-            num_workers=self.options.num_workers,
-            ahead=2 * self.options.num_slots,
+            num_workers=self.options.num_workers + downloads,
+            ahead=2 * self.options.num_slots + downloads,
+            size=_num_bytes,
+            room=self.options.read_ahead_bytes,
         )
         try:
             while True:
@@ -170,6 +163,7 @@ class Engine:
                     return
         finally:
             feeder.close()
+            self._forget_all()
 
     @property
     def _is_busy(self) -> bool:
@@ -190,6 +184,7 @@ class Engine:
                     self._processor,
                     self._sources,
                     max_length=self.options.max_length,
+                    max_tiles=self.options.max_tiles,
                     date_string=self._date_string,
                 )
             )
@@ -219,77 +214,38 @@ class Engine:
                 break
             sequence = self._waiting.popleft()
             self._occupied[slot] = sequence
+            if self._read[slot] is not sequence.job:
+                self._read[slot] = None
             taken.append((slot, sequence))
         for group in _picture_groups(taken, self.options.pictures_at_once[-1]):
             self._load_pictures(group)
 
     def _load_pictures(self, taken: list[tuple[int, Sequence]]) -> None:
-        self._device.encode([p for _, sequence in taken for p in sequence.job.prepared.pictures])
+        readers = []
         for slot, sequence in taken:
-            self._device.write_pictures(slot, sequence.job.prepared.pictures)
-            sequence.job.started = sequence.job.started or sequence.job.seconds()
+            # The others get a copy of what the first of a request's answers has read.
+            if not self._is_begun(sequence.job):
+                readers.append((slot, sequence))
             self._filling.append((slot, sequence))
+        self._device.encode([p for _, s in readers for p in s.job.prepared.pictures])
+        for slot, sequence in readers:
+            self._device.write_pictures(slot, sequence.job.prepared.pictures)
+        for _, sequence in taken:
+            sequence.job.begin(sequence.index)
         self._device.forget_pictures()
+
+    def _is_begun(self, job: Job) -> bool:
+        """Whether a slot has a request's prompt, or is getting it."""
+        begun = [*self._read, *(sequence.job for _, sequence in self._filling)]
+        return any(other is job for other in begun)
 
     def _split(self, job: Job) -> Failure | None:
         """Puts a request's answers into the queue; returns why that can't be."""
         try:
-            limit = self._limit(job)
-            for index in range(job.options.n):
-                guide = None
-                if job.options.response_format is not None:
-                    guide = self._guides.guide(job.options.response_format)
-                self._waiting.append(
-                    Sequence(
-                        job,
-                        index,
-                        limit=limit,
-                        rules=self._rules(job, index, guide),
-                        end_tokens=self._end_tokens,
-                        tokenizer=self._processor.tokenizer,
-                        guide=guide,
-                    )
-                )
+            self._waiting.extend(self._admission.sequences(job))
         except RequestError as error:
             return Failure(job.prepared.request.custom_id, error)
         return None
-
-    def _rules(self, job: Job, index: int, guide: Guide | None) -> RowRules:
-        """How the device chooses the tokens of one of a request's answers."""
-        return make_row_rules(
-            job.options,
-            self._vocab_size,
-            choice=index,
-            # So that a job that is carried on writes what it would have written.
-            default_seed=zlib.crc32(job.prepared.request.custom_id.encode()),
-            bad_words=bad_word_tokens(job.options.bad_words, self._processor.tokenizer),
-            guide_mask=None if guide is None else guide.mask(),
-        )
-
-    def _limit(self, job: Job) -> int:
-        """The most new tokens.
-
-        Raises:
-            RequestError: more were asked for than there is room for.
-        """
-        prompt, wanted = len(job.prepared.input_ids), job.options.max_tokens
-        # The last new token is never read, so it needs no room.
-        room = self.options.max_length - prompt + 1
-        if wanted is not None and wanted > room:
-            raise RequestError(
-                f"the prompt has {prompt} tokens and max_tokens={wanted}: together more than the "
-                f"{self.options.max_length} that a slot holds: ask for at most {room}, or run with "
-                "a larger max_length",
-                field="max_tokens",
-            )
-        tiles = sum(picture.num_tiles for picture in job.prepared.pictures)
-        if tiles > self.options.max_tiles:
-            raise RequestError(
-                f"the pictures have {tiles} tiles together, more than the {self.options.max_tiles} "
-                "that a slot holds: send fewer or smaller pictures, or run with a larger max_tiles",
-                field="messages",
-            )
-        return room if wanted is None else wanted
 
     # Slots → devices
 
@@ -297,12 +253,20 @@ class Engine:
         """One chunk of each prompt that is not read yet, so that long ones don't hold others up."""
         for _ in range(len(self._filling)):
             slot, sequence = self._filling.popleft()
-            chunk = self._device.prefill(slot, sequence)
-            if chunk is not None:
-                self._tokens_in += sequence.position
-                self._dispatched.append(_Dispatch(((slot, sequence),), chunk))
-            else:
+            job, chunk = sequence.job, None
+            source = next((slot for slot, read in enumerate(self._read) if read is job), None)
+            if source is not None:
+                chunk = self._device.copy_prompt(source, slot, sequence)
+            elif not any(other.job is job and other.position for _, other in self._filling):
+                start = sequence.position
+                chunk = self._device.prefill(slot, sequence)
+                self._tokens_in += sequence.position - start
+            if chunk is None:
                 self._filling.append((slot, sequence))
+                continue
+            if job.options.n > 1:
+                self._read[slot] = job
+            self._dispatched.append(_Dispatch(((slot, sequence),), chunk))
 
     def _decode(self) -> None:
         sequences = [sequence for sequence in self._occupied if sequence is not None]
@@ -310,16 +274,29 @@ class Engine:
         if is_guided:
             # What may come next depends on what came last, which the host has to see first.
             self._hear(until=0)
+        masks = self._next_masks()
         owners = tuple(
             (slot, sequence)
             for slot, sequence in enumerate(self._occupied)
             if sequence is not None and sequence.is_filled
         )
         if owners:
-            chunk = self._device.decode(dict(owners), one_step=is_guided)
+            chunk = self._device.decode(dict(owners), masks, one_step=is_guided)
             self._dispatched.append(_Dispatch(owners, chunk))
         # The device works on the newest while the host reads what is older.
         self._hear(until=1 if owners else 0)
+
+    def _next_masks(self) -> dict[int, np.ndarray]:
+        """What guided slots may go on with; requests whose form can't be kept to fail."""
+        masks = {}
+        for slot, sequence in enumerate(self._occupied):
+            if sequence is None or sequence.guide is None or not sequence.is_filled:
+                continue
+            try:
+                masks[slot] = sequence.guide.mask()
+            except RequestError as error:
+                self._fail(sequence.job, error)
+        return masks
 
     # Devices → answers
 
@@ -367,8 +344,13 @@ class Engine:
                 self._occupied[slot] = None
         self._filling = deque(item for item in self._filling if item[1].job is not job)
         self._waiting = deque(sequence for sequence in self._waiting if sequence.job is not job)
+        self._forget(job)
         self._failed += 1
         self._answers.append(Failure(job.prepared.request.custom_id, error))
+
+    def _forget(self, job: Job) -> None:
+        """Nobody copies its prompt any more."""
+        self._read = [None if read is job else read for read in self._read]
 
     def _finish(self, slot: int, sequence: Sequence) -> None:
         """Frees the slot; the request is answered when this was the last of its answers."""
@@ -377,6 +359,7 @@ class Engine:
         job.choices[sequence.index] = sequence.choice()
         if len(job.choices) < job.options.n:
             return
+        self._forget(job)
         self._done += 1
         self._answers.append(
             Answer(
@@ -386,6 +369,15 @@ class Engine:
                 timings=Timings(job.started, job.first_token, job.seconds()),
             )
         )
+
+
+def _num_bytes(item: Request | Job | Failure) -> int:
+    """Of pictures, about: those that a request brings along, and their tiles."""
+    if isinstance(item, Failure):
+        return 0
+    request = item.prepared.request if isinstance(item, Job) else item
+    size = sum(len(source) for source in sources_of(request) if isinstance(source, str | bytes))
+    return size + (item.prepared.num_bytes if isinstance(item, Job) else 0)
 
 
 def _picture_groups(

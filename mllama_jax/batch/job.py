@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from mllama_jax.batch.answers import Answer, Failure
-from mllama_jax.batch.engine import Engine, EngineStats
+from mllama_jax.batch.engine import Engine
 from mllama_jax.batch.inputs import Shard, Source, items
 from mllama_jax.batch.metrics import MetricsWriter
 from mllama_jax.batch.progress import BatchProgress
 from mllama_jax.batch.requests import Request, RequestError
 from mllama_jax.batch.responses import error_line, response_line
 from mllama_jax.batch.results_file import ResultsFile, as_bytes
+from mllama_jax.batch.stats import EngineStats
 from mllama_jax.batch.stopping import GraceOver, Stopping
 from mllama_jax.batch.summary import Summary
 from mllama_jax.processing.tokenizer import MllamaTokenizer

@@ -9,7 +9,7 @@ from time import monotonic
 from types import TracebackType
 from typing import Self
 
-from mllama_jax.batch.engine import EngineStats
+from mllama_jax.batch.stats import EngineStats
 
 __all__ = ["MetricsWriter"]
 

@@ -4,6 +4,15 @@ from dataclasses import dataclass
 
 __all__ = ["EngineOptions"]
 
+_POSITIVE = (
+    "num_slots",
+    "max_length",
+    "max_tiles",
+    "decode_steps",
+    "num_workers",
+    "read_ahead_bytes",
+)
+
 
 @dataclass(frozen=True)
 class EngineOptions:
@@ -11,8 +20,7 @@ class EngineOptions:
 
     Attributes:
         num_slots: requests that are answered at the same time.
-        max_length: tokens of a request, prompt and answer together; a multiple of the largest of
-            ``prompt_lengths``.
+        max_length: tokens of a request, prompt and answer together.
         max_tiles: tiles of all pictures of a request together.
         prompt_lengths: a prompt is filled up to one of them; longer ones are read in chunks of the
             largest.
@@ -22,6 +30,8 @@ class EngineOptions:
         decode_steps: new tokens between two looks of the host.
         pictures_kept: encoded pictures that are kept for further requests.
         num_workers: threads that prepare requests.
+        read_ahead_bytes: once the pictures of requests that wait for a slot hold as many, no
+            further request is prepared.
     """
 
     num_slots: int = 8
@@ -33,6 +43,12 @@ class EngineOptions:
     decode_steps: int = 16
     pictures_kept: int = 32
     num_workers: int = 2
+    read_ahead_bytes: int = 2**30
+
+    @property
+    def cache_length(self) -> int:
+        """Tokens that a slot has room for: whole chunks of the largest of ``prompt_lengths``."""
+        return -(-self.max_length // self.prompt_lengths[-1]) * self.prompt_lengths[-1]
 
     def __post_init__(self) -> None:
         problems = [
@@ -42,14 +58,9 @@ class EngineOptions:
         ]
         problems += [
             f"{name}={getattr(self, name)} is not a positive integer"
-            for name in ("num_slots", "max_length", "max_tiles", "decode_steps", "num_workers")
+            for name in _POSITIVE
             if getattr(self, name) < 1
         ]
-        if not problems and self.max_length % self.prompt_lengths[-1]:
-            problems.append(
-                f"max_length={self.max_length} is not a multiple of the largest of "
-                f"prompt_lengths={self.prompt_lengths}"
-            )
         if not problems and self.tile_counts[-1] != self.max_tiles:
             problems.append(
                 f"the last of tile_counts={self.tile_counts} is not max_tiles={self.max_tiles}"

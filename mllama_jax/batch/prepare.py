@@ -1,9 +1,9 @@
 """From a request to what the model is called with: token ids, pictures, and who sees which."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from mllama_jax.processing.image_loading import load_image
 from mllama_jax.processing.processor import MllamaProcessor
 from mllama_jax.processing.prompt_images import image_spans
 
-__all__ = ["PreparedPicture", "PreparedRequest", "prepare"]
+__all__ = ["PreparedPicture", "PreparedRequest", "prepare", "sources_of"]
 
 _USUAL_CHARACTERS = 8
 """For each token; text with more is looked at in pieces first, see `_check_size`."""
@@ -28,9 +28,10 @@ class PreparedPicture:
 
     Attributes:
         key: hash of the content; the same pixels have the same key, wherever they came from.
-        pixel_values: (L, C, h, w) float32, as the image processor makes them.
+        pixel_values: (num_tiles, C, h, w) float32, as the image processor makes them, without the
+            empty tiles behind.
         aspect_ratio_id: which arrangement of tiles it is.
-        num_tiles: how many of the L tiles hold some of the picture.
+        num_tiles: of the picture.
     """
 
     key: bytes
@@ -55,6 +56,22 @@ class PreparedRequest:
     pictures: tuple[PreparedPicture, ...]
     spans: tuple[tuple[int, int], ...]
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all pictures' tiles."""
+        distinct = {id(p.pixel_values): p.pixel_values for p in self.pictures}
+        return sum(values.nbytes for values in distinct.values())
+
+    def without_pixels(self) -> Self:
+        """The same, but that pictures have no tiles any more: what is left of an answered one."""
+        return replace(
+            self,
+            pictures=tuple(
+                replace(p, pixel_values=np.zeros((0, *p.pixel_values.shape[1:]), np.float32))
+                for p in self.pictures
+            ),
+        )
+
 
 def prepare(
     request: Request,
@@ -62,6 +79,7 @@ def prepare(
     sources: PictureSources,
     *,
     max_length: int,
+    max_tiles: int,
     date_string: str | None = None,
 ) -> PreparedRequest:
     """Renders and encodes the prompt, then loads its pictures. Pure; any thread may call it.
@@ -75,14 +93,16 @@ def prepare(
         processor: of the checkpoint.
         sources: where pictures may come from.
         max_length: the most tokens that a request may have, prompt and answer together.
+        max_tiles: the most tiles that its pictures may have together; no more are held in memory.
         date_string: today's date as the chat template is to say it; None: the real one.
 
     Raises:
-        RequestError: the template refuses the chat; the prompt does not fit; tokens that aren't in
-            the vocabulary; image tokens and pictures that don't match; a picture that can't be
-            read.
+        RequestError: the template refuses the chat; the prompt or the pictures do not fit; tokens
+            that aren't in the vocabulary; image tokens and pictures that don't match; a picture
+            that can't be read.
     """
     where_and_sources = list(_pictures_of(request))
+    _check_tiles(request, len(where_and_sources), max_tiles)
     try:
         _check_size(request, processor, max_length)
         ids = _token_ids(request, processor, len(where_and_sources), date_string)
@@ -102,12 +122,14 @@ def prepare(
     return PreparedRequest(
         request=request,
         input_ids=np.asarray(ids, np.int32),
-        pictures=tuple(
-            _picture(request, source, where, processor, sources)
-            for where, source in where_and_sources
-        ),
+        pictures=_pictures(request, where_and_sources, processor, sources, max_tiles),
         spans=tuple(spans),
     )
+
+
+def sources_of(request: Request) -> Iterator[Any]:
+    """Of a request's pictures."""
+    return (source for _, source in _pictures_of(request))
 
 
 def _pictures_of(request: Request) -> Iterator[tuple[str, Any]]:
@@ -192,6 +214,37 @@ def _check_tokens(
             raise _error(request, f"{name}: {token} is never in an answer", name)
 
 
+def _pictures(
+    request: Request,
+    where_and_sources: Iterable[tuple[str, Any]],
+    processor: MllamaProcessor,
+    sources: PictureSources,
+    max_tiles: int,
+) -> tuple[PreparedPicture, ...]:
+    """All of a request; one that it names again is not read again."""
+    pictures: list[PreparedPicture] = []
+    known: dict[Any, PreparedPicture] = {}
+    tiles = 0
+    for where, source in where_and_sources:
+        name = source if isinstance(source, str) else id(source)
+        if name not in known:
+            known[name] = _picture(request, source, where, processor, sources)
+        pictures.append(known[name])
+        tiles += known[name].num_tiles
+        _check_tiles(request, tiles, max_tiles)
+    return tuple(pictures)
+
+
+def _check_tiles(request: Request, at_least: int, max_tiles: int) -> None:
+    if at_least > max_tiles:
+        raise _error(
+            request,
+            f"the pictures have at least {at_least} tiles together, more than the {max_tiles} that "
+            "a slot holds: send fewer or smaller pictures, or run with a larger max_tiles",
+            "messages" if request.messages else "images",
+        )
+
+
 def _picture(
     request: Request, source: Any, where: str, processor: MllamaProcessor, sources: PictureSources
 ) -> PreparedPicture:
@@ -208,11 +261,11 @@ def _picture(
         features = processor.image_processor([[image]], return_tensors="np")
     except (ValueError, TypeError, OSError) as error:
         raise _error(request, str(error), where.partition(",")[0]) from error
-    pixel_values = features["pixel_values"][0, 0]
     aspect_ratio_id = int(features["aspect_ratio_ids"][0, 0])
     [[num_tiles]] = features["num_tiles"]
-    # The other tiles are zeros.
-    digest = hashlib.blake2b(pixel_values[:num_tiles], digest_size=16)
+    # The other tiles are zeros; a view would keep their memory.
+    pixel_values = features["pixel_values"][0, 0, :num_tiles].copy()
+    digest = hashlib.blake2b(pixel_values, digest_size=16)
     digest.update(aspect_ratio_id.to_bytes(4, "little"))
     return PreparedPicture(digest.digest(), pixel_values, aspect_ratio_id, num_tiles)
 

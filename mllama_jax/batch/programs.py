@@ -33,6 +33,7 @@ __all__ = [
     "decode",
     "guide",
     "prefill",
+    "small_parts_whole",
     "start",
     "write_picture",
 ]
@@ -203,7 +204,7 @@ def prefill(
         active=jax.lax.dynamic_update_index_in_dim(slots.active, False, chunk.slot, 0),
         history=history,
     )
-    return _small_parts_whole(slots, model.mesh), logits[:, -1], prompt_logprobs
+    return small_parts_whole(slots, model.mesh), logits[:, -1], prompt_logprobs
 
 
 @partial(jax.jit, static_argnames="model", donate_argnames="slots")
@@ -248,7 +249,7 @@ def start(
     )
     packed = jnp.stack([token[0], jnp.int32(1), goes_on.astype(jnp.int32)])[None]
     first = Chunk(packed, Logprobs(*(x[:, None] for x in logprobs)))
-    return _small_parts_whole(slots, model.mesh), first
+    return small_parts_whole(slots, model.mesh), first
 
 
 @partial(jax.jit, static_argnames=("model", "num_steps", "with_images"), donate_argnames="slots")
@@ -316,7 +317,7 @@ def decode(
             replace(chunk, packed=chunk.packed.at[:, num_steps].add(was_active)),
             Chunk(token, Logprobs(*logprobs)),
         )
-        return i + 1, _small_parts_whole(slots, model.mesh), chunk
+        return i + 1, small_parts_whole(slots, model.mesh), chunk
 
     top = (B, num_steps, min(TOP_LOGPROBS, is_eos.shape[0]))
     nothing = Chunk(
@@ -349,7 +350,7 @@ def _raw_logprobs(logits_1TW: Array, ids_1T: Array) -> Logprobs:
     return Logprobs(of_token, top_ids, top)
 
 
-def _small_parts_whole(slots: Slots, mesh: Mesh | None) -> Slots:
+def small_parts_whole(slots: Slots, mesh: Mesh | None) -> Slots:
     """All devices hold everything but the cache."""
 
     def whole(x: Array) -> Array:

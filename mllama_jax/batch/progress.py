@@ -10,7 +10,7 @@ from typing import Self
 
 import tqdm
 
-from mllama_jax.batch.engine import EngineStats
+from mllama_jax.batch.stats import EngineStats
 
 __all__ = ["BatchProgress"]
 

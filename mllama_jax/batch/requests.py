@@ -63,7 +63,9 @@ class SamplingOptions:
     """How the tokens of an answer are chosen, and when it ends.
 
     Attributes:
-        max_tokens: the longest answer; None: as many as fit; 0 only with ``echo``.
+        max_tokens: the longest answer; 0 only with ``echo``. An error if there is no room for it.
+        default_max_tokens: the same where ``max_tokens`` is None, and as many as fit if these are
+            fewer; None: as many as fit.
         min_tokens: no end token and no stop string before so many new tokens.
         temperature: divides the logits before the draw; 0 takes the most likely token.
         top_p: the draw is among the most likely tokens that add up to this probability, (0, 1].
@@ -88,6 +90,7 @@ class SamplingOptions:
     """
 
     max_tokens: int | None = None
+    default_max_tokens: int | None = None
     min_tokens: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
@@ -155,7 +158,7 @@ def default_options(config: GenerationConfig) -> SamplingOptions:
     else:
         options["temperature"] = 0.0
     renamed = {
-        "max_tokens": config.max_new_tokens,
+        "default_max_tokens": config.max_new_tokens,
         "min_tokens": config.min_new_tokens,
         "repetition_penalty": config.extra.get("repetition_penalty"),
     }
@@ -264,8 +267,8 @@ def _chat(body: dict[str, Any], defaults: SamplingOptions, problems: Problems) -
 def _completion(body: dict[str, Any], defaults: SamplingOptions, problems: Problems) -> Request:
     check_others(body, (*COMPLETION, "prompt", "images"), False, problems)
     given = read_parameters(body, COMPLETION, problems)
-    if defaults.max_tokens is None:
-        defaults = dataclasses.replace(defaults, max_tokens=COMPLETION_MAX_TOKENS)
+    if defaults.default_max_tokens is None:
+        defaults = dataclasses.replace(defaults, default_max_tokens=COMPLETION_MAX_TOKENS)
     images = body.get("images") or []
     if not isinstance(images, list) or not all(isinstance(s, str) and s for s in images):
         problems.add("images", f"found {short(images)}, expected a list of paths or URLs")
@@ -316,13 +319,14 @@ def _options(
     best_of = given.pop("best_of", n)
     if best_of != n:
         problems.add("best_of", f"found {best_of}, and n is {n}; they must be equal")
+    if "max_tokens" in given or defaults.max_tokens is not None:
+        given["default_max_tokens"] = None
     options = dataclasses.replace(defaults, **given)
     if options.max_tokens == 0 and not options.echo:
         problems.add("max_tokens", "found 0, expected at least 1 (0 only with echo)")
-    if options.max_tokens is not None and options.min_tokens > options.max_tokens:
+    most = options.default_max_tokens if options.max_tokens is None else options.max_tokens
+    if most is not None and options.min_tokens > most:
         if "min_tokens" in given:
-            problems.add(
-                "min_tokens", f"found {options.min_tokens}, and max_tokens is {options.max_tokens}"
-            )
-        options = dataclasses.replace(options, min_tokens=options.max_tokens)
+            problems.add("min_tokens", f"found {options.min_tokens}, and max_tokens is {most}")
+        options = dataclasses.replace(options, min_tokens=most)
     return options

@@ -13,6 +13,7 @@ from mllama_jax.batch.programs import Logprobs
 from mllama_jax.batch.requests import SamplingOptions
 from mllama_jax.batch.rules import RowRules
 from mllama_jax.generation.streaming import TextStream
+from mllama_jax.shapes import Array
 
 __all__ = ["Job", "Sequence", "token_logprob"]
 
@@ -26,6 +27,8 @@ class Job:
         since: when it was ready, `time.monotonic`.
         choices: the answers that are complete, by index.
         prompt_logprobs: of the chunks of the prompt, still on the device, with their lengths.
+        logits: behind the prompt, on the device, for answers that share it; None before, or if
+            there is only one answer.
         started, first_token: seconds after ``since``.
     """
 
@@ -33,6 +36,7 @@ class Job:
     since: float = field(default_factory=time.monotonic)
     choices: dict[int, Choice] = field(default_factory=dict)
     prompt_logprobs: list[tuple[Logprobs, int]] = field(default_factory=list)
+    logits: Array | None = None
     started: float = 0.0
     first_token: float = 0.0
 
@@ -43,6 +47,12 @@ class Job:
     @property
     def wants_prompt_logprobs(self) -> bool:
         return self.options.echo and self.options.logprobs is not None
+
+    def begin(self, index: int) -> None:
+        """An answer has its slot, and the pictures lie there; when all have, these can go."""
+        self.started = self.started or self.seconds()
+        if index + 1 == self.options.n:
+            self.prepared = self.prepared.without_pixels()
 
     def seconds(self) -> float:
         """Since it was ready."""

@@ -1,6 +1,5 @@
 """How many requests at a time, and how long: chosen from the memory that there is."""
 
-import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mllama_jax.batch.device import empty_slots
+from mllama_jax.batch.host_memory import available_memory
 from mllama_jax.batch.options import EngineOptions
 from mllama_jax.sharding import num_parts
 
@@ -25,6 +25,12 @@ _NUM_SLOTS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 
 _MOST_SLOTS_ON_CPU = 8
 """There the products with weights are no cheaper a token with more."""
+
+_CHUNKS = (512, 256, 128, 64, 32)
+"""Tokens of a prompt that are read at once, the longest; a slot has room for whole chunks."""
+
+_MOST_WASTED = 1 / 8
+"""Of a slot, for the sake of longer chunks."""
 
 _USED_FRACTION = 0.92
 """Of the memory that is free; the rest is for what no formula counts."""
@@ -46,8 +52,9 @@ def choose_options(
         memory: bytes for the engine beside the parameters, on each device; None asks the devices.
 
     Raises:
-        ValueError: not even one slot fits.
+        ValueError: not even one slot fits; a size that no model or not this one can have.
     """
+    _check_given(model, num_slots, max_length, max_tiles)
     is_cpu = _devices(model)[0].platform == "cpu"
     memory = free_memory(model) if memory is None else memory
     groups = num_parts("batch", 0, model.mesh)
@@ -75,6 +82,27 @@ def choose_options(
             "max_tiles, or split the model over more devices"
         )
     return found
+
+
+def _check_given(
+    model: Any, num_slots: int | None, max_length: int | None, max_tiles: int | None
+) -> None:
+    positions = model.text_config.max_position_embeddings
+    tiles = model.config.vision_config.max_num_tiles
+    given = (
+        ("num_slots", num_slots, 1, None, ""),
+        ("max_length", max_length, 2, positions, ", the positions that the model knows"),
+        ("max_tiles", max_tiles, tiles, None, ", the tiles of one picture"),
+    )
+    problems = [
+        f"{name} (--{name.replace('_', '-')}) is {value}; expected "
+        + (f"at least {least}" if most is None else f"{least} to {most}")
+        + why
+        for name, value, least, most, why in given
+        if value is not None and not least <= value <= (value if most is None else most)
+    ]
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
 def needed_memory(model: Any, options: EngineOptions) -> int:
@@ -106,8 +134,7 @@ def free_memory(model: Any) -> int:
     known = [s["bytes_limit"] - s["bytes_in_use"] for s in stats if s and "bytes_limit" in s]
     if known:
         return min(known)
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return available // len(stats)
+    return available_memory() // len(stats)
 
 
 def _devices(model: Any) -> list[jax.Device]:
@@ -134,8 +161,7 @@ def _options(num_slots: int, max_length: int, max_tiles: int, *, is_cpu: bool) -
     # A short prompt takes a TPU as long as one of some hundred tokens, but a CPU less.
     lengths = (32, 64, 128, 256) if is_cpu else (128,)
     tiles = (4, 8) if is_cpu else (4,)
-    # The cache of a slot is divided into chunks of the longest.
-    chunk = math.gcd(max_length, 512)
+    chunk = _chunk(max_length)
     return EngineOptions(
         num_slots=num_slots,
         max_length=max_length,
@@ -147,6 +173,13 @@ def _options(num_slots: int, max_length: int, max_tiles: int, *, is_cpu: bool) -
         pictures_kept=16,
         num_workers=max(2, (os.cpu_count() or 2) // 2),
     )
+
+
+def _chunk(max_length: int) -> int:
+    """The longest that wastes little of a slot."""
+    rooms = {chunk: -(-max_length // chunk) * chunk for chunk in _CHUNKS}
+    most = min(rooms.values()) * (1 + _MOST_WASTED)
+    return next(chunk for chunk, room in rooms.items() if room <= most)
 
 
 def _slots_memory(model: Any, options: EngineOptions) -> int:

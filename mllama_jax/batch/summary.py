@@ -7,8 +7,8 @@ from collections import Counter
 import numpy as np
 
 from mllama_jax.batch.answers import Answer, Failure
-from mllama_jax.batch.engine import EngineStats
 from mllama_jax.batch.requests import RequestError
+from mllama_jax.batch.stats import EngineStats
 
 __all__ = ["Summary"]
 
