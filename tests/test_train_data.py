@@ -382,7 +382,10 @@ def test_any_number_of_threads_gives_the_same_batches(example, tmp_path, packing
     def ids(threads: int) -> list[list[list[int]]]:
         config = DataConfig(
             str(tmp_path / "few.jsonl"),
-            **{"batch_size": 8, "lengths": (32,), "threads": threads, "packing": packing},
+            batch_size=8,
+            lengths=(32,),
+            threads=threads,
+            packing=packing,
         )
         batches = make_dataset(open_sources(config), example, config, steps=40, seed=3)
         return [batch.arrays["input_ids"].tolist() for batch in batches]

@@ -12,13 +12,16 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 from processes import cpu_devices, results, start
 from tiny_run import assert_same_end, metrics, write_records, write_start
 
+import mllama_jax as mj
 from mllama_jax.train.checkpoints import open_checkpoints
 from mllama_jax.train.config import (
     CheckpointConfig,
@@ -30,6 +33,7 @@ from mllama_jax.train.config import (
     TrainedConfig,
 )
 from mllama_jax.train.config_file import to_yaml
+from mllama_jax.train.damage import is_damage
 from mllama_jax.train.job import open_job
 from mllama_jax.train.loop import train
 
@@ -212,17 +216,106 @@ def test_the_checkpoint_before_a_damaged_one_is_used(damaged, whole, capfd, dama
 
 
 @not_all_retrieved
-def test_a_run_whose_checkpoints_are_all_damaged_asks_before_it_begins_anew(damaged, whole):
+def test_a_run_whose_checkpoints_are_all_damaged_begins_anew_only_when_told_to(damaged, whole):
     run, output = damaged
     for checkpoint in (output / "checkpoints").iterdir():
         truncate(checkpoint)
-    with pytest.raises(
-        ValueError, match="no checkpoint can be read, so all were moved to"
-    ) as error:
-        train(run)
-    assert "Started again, the run begins at step 0" in str(error.value)
+    aside, written = output / "damaged_checkpoints", metrics(output)
+    for _ in range(2):  # a job that is started again and again by a scheduler is no decision
+        with pytest.raises(ValueError, match=f"only damaged ones, in {aside}.*or remove {aside}"):
+            train(run)
+        assert metrics(output) == written
+    shutil.rmtree(aside)
     train(run)
     assert_same_end(output, whole)
+
+
+TROUBLE = [
+    ConnectionError("no route to host"),
+    PermissionError("not yours"),
+    MemoryError(),
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"),
+    # TensorStore has one type for all; nine of ten statuses say nothing about the files.
+    ValueError('UNAVAILABLE: Error reading "gs://b/o": CURL error: could not connect'),
+    ValueError('PERMISSION_DENIED: Error reading "gs://b/o": HTTP response code: 403'),
+    ValueError('DEADLINE_EXCEEDED: Error reading "gs://b/o"'),
+]
+
+
+@pytest.mark.parametrize("error", TROUBLE, ids=repr)
+def test_trouble_that_is_not_in_the_files_is_not_taken_for_damage(error):
+    wrapped = KeyError("as Orbax does, whatever happened")
+    wrapped.__cause__ = error
+    assert not is_damage(error)
+    assert not is_damage(wrapped)
+    assert is_damage(FileNotFoundError())
+    assert is_damage(ValueError("DATA_LOSS: Error decoding manifest"))
+
+
+def test_trouble_leaves_every_checkpoint_where_it_is(damaged, monkeypatch):
+    run, output = damaged
+    content = sorted((output / "checkpoints").iterdir())
+
+    def load(*_: object) -> None:
+        raise KeyError("as Orbax does, whatever happened") from TROUBLE[0]
+
+    monkeypatch.setattr(ocp.training.Checkpointer, "load_checkpointables", load)
+    with pytest.raises(OSError, match=f"{STEPS}: can't be read now.*ConnectionError: no route"):
+        train(run)
+    assert sorted((output / "checkpoints").iterdir()) == content
+    assert not (output / "damaged_checkpoints").exists()
+
+
+def test_there_is_never_a_second_state_on_the_devices(config, whole, monkeypatch):
+    job, state = open_job(config)
+    load = ocp.training.Checkpointer.load_checkpointables
+
+    def loaded(*arguments: Any) -> Any:
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+        return load(*arguments)
+
+    monkeypatch.setattr(ocp.training.Checkpointer, "load_checkpointables", loaded)
+    with open_checkpoints(whole / "checkpoints", config.checkpoint, job.origin()) as checkpoints:
+        found = checkpoints.restore(state, job.batches(), pytest.fail)
+    assert int(found.step) == STEPS
+
+
+def test_other_data_is_refused_and_moved_data_is_not(config, folder, whole, tmp_path):
+    output, moved = tmp_path / "run", tmp_path / "moved"
+    shutil.copytree(whole, output)
+    moved.mkdir()
+    for file in (*folder.glob("*.png"), folder / "train.jsonl"):
+        shutil.copy(file, moved)
+    file = moved / "train.jsonl"
+    run = replace(config, output=str(output), data=replace(config.data, train=str(file)))
+    train(run)
+    assert_same_end(output, whole)
+    lines = file.read_text().splitlines(keepends=True)
+    shuffled, fewer = [lines[1], lines[0], *lines[2:]], lines[1:]
+    for changed in (shuffled, fewer):
+        file.write_text("".join(changed))
+        counts = f"24 conversations then, {len(changed)} now"
+        with pytest.raises(ValueError, match=rf"{STEPS}: .* data has changed \({counts}\)"):
+            train(run)
+
+
+def test_other_weights_under_the_trained_ones_are_refused(config, folder, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(folder / "start", base)
+    run = replace(
+        config,
+        output=str(tmp_path / "run"),
+        steps=4,
+        model=ModelConfig(str(base)),
+        trained=TrainedConfig("cross_attention"),
+    )
+    train(run)
+    model, params = mj.MllamaForConditionalGeneration.from_pretrained(base)
+    norm = params["language_model"]["model"]["norm"]
+    norm["scale"] = norm["scale"].at[3].multiply(1.25)
+    model.save_pretrained(params, base)
+    with pytest.raises(ValueError, match="the parameters that are not trained have changed"):
+        train(run)
 
 
 @not_all_retrieved
@@ -232,7 +325,7 @@ def test_a_changed_bit_is_found_or_changes_nothing(config, whole, tmp_path):
     job, state = open_job(config)
 
     def restored(folder: Path) -> list[np.ndarray] | None:
-        with open_checkpoints(folder, config.checkpoint) as checkpoints:
+        with open_checkpoints(folder, config.checkpoint, job.origin()) as checkpoints:
             batches, said = job.batches(), []
             try:
                 found = checkpoints.restore(state, batches, said.append)

@@ -27,6 +27,8 @@ def _digests(tree: Any) -> dict[str, Array]:
 def _digest(x: Array) -> Array:
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
+    if x.dtype == jnp.int4:
+        x = x.astype(jnp.int8)
     unsigned = _UNSIGNED[x.dtype.itemsize]
     bits = x.astype(unsigned) if x.dtype == bool else jax.lax.bitcast_convert_type(x, unsigned)
     # Odd weights, so that no change of one number is lost, and others for other places.

@@ -1,5 +1,6 @@
 """What a run works with, opened and checked before its first step."""
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -22,7 +23,9 @@ from mllama_jax.train.data.batches import HostBatch, make_dataset
 from mllama_jax.train.data.placing import place_rows, rows_of_process
 from mllama_jax.train.data.records import Record
 from mllama_jax.train.data.sources import Sources, open_sources, read_records
+from mllama_jax.train.digests import digests
 from mllama_jax.train.lora import scaled
+from mllama_jax.train.origin import Origin
 from mllama_jax.train.step import Batch, TrainState, start
 
 
@@ -68,6 +71,15 @@ class Job:
     def placed(self, batch: HostBatch) -> Batch:
         """A batch on the devices."""
         return place_rows(batch.arrays, self.rows, self.config.data.batch_size, self.model.mesh)
+
+    def origin(self) -> Origin:
+        """What the run began with, to tell whether it goes on with the same."""
+        frozen = sorted(digests(self.frozen).items())
+        return Origin(
+            len(self.sources),
+            zlib.crc32(repr(self.sources.fingerprint).encode()),
+            zlib.crc32(repr(frozen).encode()),
+        )
 
     def whole_params(self, state: TrainState) -> Params:
         """What the model computes with now."""

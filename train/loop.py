@@ -45,7 +45,8 @@ def train(config: TrainConfig) -> list[Score]:
     job, state = open_job(config)
     batches, held_out = job.batches(), HeldOut(job) if job.held_out else None
     job.output.mkdir(parents=True, exist_ok=True)
-    with open_checkpoints(job.output / "checkpoints", config.checkpoint) as checkpoints:
+    folder, origin = job.output / "checkpoints", job.origin()
+    with open_checkpoints(folder, config.checkpoint, origin) as checkpoints:
         newest = checkpoints.latest_step or 0
         if newest > config.steps:
             raise ValueError(

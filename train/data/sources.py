@@ -1,5 +1,6 @@
 """Records of one or more sources, by number, checked as far as that is cheap."""
 
+import os
 import zlib
 from collections.abc import Sequence
 
@@ -114,7 +115,9 @@ class Source:
                 if missing:
                     why = "; ".join(f"there is no picture {path!r}" for path in missing)
                     self.problems.append(BadRecord(record.where, why))
-                text = f"{record.kind}{record.messages}{record.images}"
+                folder = os.fspath(self._at(row)[0].folder)  # the data may be moved with it
+                names = [x.removeprefix(folder) if isinstance(x, str) else x for x in record.images]
+                text = f"{record.kind}{record.messages}{names}"
             self.fingerprint = zlib.crc32(text.encode("utf-8", "replace"), self.fingerprint)
         return np.flatnonzero(good)
 
