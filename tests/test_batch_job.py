@@ -308,7 +308,23 @@ def test_shards_are_joined_in_the_order_of_the_requests(
     for text in ("3/3", "1", "-1/2", "a/b", "0/0"):
         with pytest.raises(ValueError, match="expected I/N"):
             Shard.parse(text)
-    assert Shard(1, 2).within(2, 3) == Shard(5, 6)
+
+
+@pytest.mark.parametrize("shards", range(1, 5))
+@pytest.mark.parametrize("processes", range(1, 5))
+def test_each_line_is_of_one_part_of_one_shard(shards: int, processes: int):
+    for index in range(shards):
+        shard = Shard(index, shards)
+        parts = [shard.within(process, processes) for process in range(processes)]
+        for number in range(100):
+            takes = sum(part.takes(number) for part in parts)
+            assert takes == shard.takes(number)
+    every = [
+        Shard(index, shards).within(process, processes).path(Path("a.jsonl"))
+        for index in range(shards)
+        for process in range(processes)
+    ]
+    assert len(set(every)) == len(every)
 
 
 def test_a_folder_of_pictures(tmp_path: Path, output: Path):
@@ -476,4 +492,8 @@ def test_what_the_command_refuses(
     assert "--allow-folder no: no such folder" in refusal(*model, *asked, "--allow-folder", "no")
     assert "--max-tokens 0: expected" in refusal(*model, *asked, "--max-tokens", 0)
     assert "shard '4/4'" in refusal(*model, *asked, "--shard", "4/4")
+    page = ("--report", tmp_path / "page.html")
+    assert "give --report with --merge" in refusal(
+        *model, *asked, *page, "--distributed", "--shard", "0/4"
+    )
     assert not output.exists()

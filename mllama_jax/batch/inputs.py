@@ -92,8 +92,8 @@ class Shard:
         return cls(index, count)
 
     def within(self, index: int, count: int) -> "Shard":
-        """One of ``count`` parts of this part."""
-        return Shard(self.index * count + index, self.count * count)
+        """One of ``count`` parts of this part: every ``count``-th of its lines."""
+        return Shard(self.index + self.count * index, self.count * count)
 
     def takes(self, number: int) -> bool:
         """Whether the line is one of this part."""

@@ -7,7 +7,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from mllama_jax.batch.inputs import Shard, Source, keyed, result_key
+from mllama_jax.batch.identity import check_requests
+from mllama_jax.batch.inputs import RequestsFile, Shard, Source, keyed, result_key
 from mllama_jax.batch.requests import Request, RequestError
 from mllama_jax.batch.results_file import (
     check_same,
@@ -41,6 +42,11 @@ def merge_shards(source: Source, output: Path) -> int:
     """
     paths = shard_paths(output)
     fingerprint = _common_fingerprint(paths)
+    if isinstance(source, RequestsFile):
+        for path in paths:
+            check_requests(
+                path, (read_job(path) or {"kept": {}})["kept"].get("requests"), source.path
+            )
     job = read_job(output)
     if output.exists() and (job is None or not job["kept"].get("merged")):
         raise FileExistsError(

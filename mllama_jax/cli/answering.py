@@ -63,11 +63,13 @@ class Work:
         source: of the requests.
         pictures: where theirs may come from.
         identity: what else must be the same for results to belong together; JSON values.
+        file: of the requests, if lines may be added to it later.
     """
 
     source: "Source"
     pictures: "PictureSources"
     identity: dict[str, Any]
+    file: Path | None = None
 
 
 def _prepare(options: JobOptions) -> None:
@@ -141,6 +143,7 @@ def merge(source: "Source", output: Path) -> int:
 
 def _answer(options: JobOptions, work: Work, shard: "Shard") -> "Outcome":
     """Opens the results, then the model, and answers what has no result yet."""
+    from mllama_jax.batch.identity import check_requests, requests_identity
     from mllama_jax.batch.inputs import items
     from mllama_jax.batch.job import Outcome, run_job
     from mllama_jax.batch.results_file import ResultsFile
@@ -150,11 +153,11 @@ def _answer(options: JobOptions, work: Work, shard: "Shard") -> "Outcome":
     path = shard.path(options.output_file)
     fingerprint = _fingerprint(options, work)
     with ResultsFile(path, fingerprint, retry_errors=options.retry_errors) as results:
-        date = results.kept.get("date")
-        if options.date is not None and date not in (None, options.date):
-            raise ValueError(
-                f"{path} was begun with the date {date!r}; leave out --date, or give another output"
-            )
+        _check_kept(options, results)
+        if work.file is not None:
+            if not options.retry_errors:
+                check_requests(path, results.kept.get("requests"), work.file)
+            results.keep(requests=requests_identity(work.file))
         if results.num_lines:
             say(f"{path} has {results.num_lines:,} results; carrying on")
         if next(items(work.source, shard, results.done), None) is None:
@@ -178,6 +181,21 @@ def _answer(options: JobOptions, work: Work, shard: "Shard") -> "Outcome":
             )
     print(outcome.summary, flush=True)
     return outcome
+
+
+def _check_kept(options: JobOptions, results: "ResultsFile") -> None:
+    """Raises ValueError if what would change answers was something else for those that are there.
+    Longer answers and more pictures are what errors may be asked again with."""
+    for name in ("date", "max_length", "max_tiles"):
+        given, kept = getattr(options, name), results.kept.get(name)
+        if given is None or kept in (None, given) or (name != "date" and options.retry_errors):
+            continue
+        option = f"--{name.replace('_', '-')}"
+        errors = "" if name == "date" else " (or ask errors again with it: --retry-errors)"
+        raise ValueError(
+            f"{results.path} was begun with {option} {kept}, and is now to go on with {given}; "
+            f"leave out {option}{errors}, or give another output"
+        )
 
 
 def _load(
@@ -206,12 +224,9 @@ def _load(
     )
     print_choices(model)
     # The room for an answer that has no limit is part of what it will be.
-    sizes = choose_options(
-        model,
-        num_slots=options.num_slots,
-        max_length=options.max_length or results.kept.get("max_length"),
-        max_tiles=options.max_tiles or results.kept.get("max_tiles"),
-    )
+    given = {"max_length": options.max_length, "max_tiles": options.max_tiles}
+    room = {name: results.kept.get(name) if n is None else n for name, n in given.items()}
+    sizes = choose_options(model, num_slots=options.num_slots, **room)
     results.keep(date=date, max_length=sizes.max_length, max_tiles=sizes.max_tiles)
     say(describe(model, sizes))
     engine = Engine(model, params, processor, options=sizes, sources=sources, date_string=date)
@@ -230,6 +245,7 @@ def _today(processor: Any) -> str | None:
 def _fingerprint(options: JobOptions, work: Work) -> dict[str, Any]:
     """What must be the same for results to belong together."""
     import mllama_jax as mj
+    from mllama_jax.batch.identity import processor_identity, weights_identity
     from mllama_jax.convert import open_source
 
     checkpoint = open_source(str(options.model), revision=options.revision)
@@ -241,6 +257,9 @@ def _fingerprint(options: JobOptions, work: Work) -> dict[str, Any]:
         "model": options.model,
         "revision": checkpoint.revision,
         "config": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "processor": processor_identity(checkpoint),
+        "weights": weights_identity(checkpoint),
+        "pictures": str(next(iter(work.pictures.allowed_folders), None)),
         "dtype": options.dtype,
         "attention": options.attention,
         "quantise": options.quantise,
@@ -256,7 +275,7 @@ def defaults(options: JobOptions) -> Any:
     assert options.model is not None
     generation = _generation_config(open_source(options.model, revision=options.revision))
     given: dict[str, Any] = {
-        "max_tokens": options.max_tokens,
+        "default_max_tokens": options.max_tokens,
         "temperature": options.temperature,
         "seed": options.seed,
     }

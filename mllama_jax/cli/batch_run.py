@@ -30,6 +30,11 @@ def run_batch(options: BatchOptions) -> int:
     from mllama_jax.batch.inputs import Shard
 
     shard = Shard.parse(options.shard) if options.shard else Shard()
+    if options.report is not None and options.distributed and shard.count > 1:
+        raise ValueError(
+            "--report with --shard and --distributed: no process has the results of a whole shard; "
+            "give --report with --merge, when all are done"
+        )
     if options.merge:
         source = _source(options)
         status = merge(source, options.output_file)
@@ -47,7 +52,8 @@ def run_batch(options: BatchOptions) -> int:
 def _work(options: BatchOptions) -> Work:
     requests = options.image_folder or options.input_file
     identity = {"requests": str(requests and requests.resolve()), "prompt": options.prompt}
-    return Work(_source(options, defaults(options)), _picture_sources(options), identity)
+    source = _source(options, defaults(options))
+    return Work(source, _picture_sources(options), identity, options.input_file)
 
 
 def _source(options: BatchOptions, defaults: Any = None) -> "Source":
