@@ -26,14 +26,14 @@ class Case(NamedTuple):
     has_blind: bool = False
 
 
-def make_cases(seed: int = 0) -> dict[str, Case]:
+def make_cases(seed: int = 0, images: int = 3, tiles_an_image: int = 2) -> dict[str, Case]:
     random = np.random.default_rng(seed)
     B, N, K, H = 2, 4, 2, 16
     T, S = (int(random.integers(*limits)) for limits in ((130, 250), (300, 500)))
     valid = random.random((B, S)) < 0.7
     valid[0, :3] = False
     segments = jnp.asarray(np.sort(random.integers(0, 4, (B, T)), 1), jnp.int32)
-    M, L, P = 3, 2, 101
+    M, L, P = images, tiles_an_image, 101
     tiles = random.random((B, T, M * L)) < 0.3
     tiles[:, :5] = False
     # A block of queries in the first sample uses no image; no sample the last tile but one.
@@ -64,7 +64,7 @@ def inputs(case: Case) -> list[jax.Array]:
     return [jnp.asarray(random.normal(size=shape), jnp.float32) for shape in shapes]
 
 
-def results(case: Case, compute: Attend) -> list[np.ndarray]:
+def results(case: Case, compute: Attend, dtype: Any = jnp.float32) -> list[np.ndarray]:
     """The result and the gradients of queries, keys and values."""
 
     @jax.jit
@@ -72,16 +72,22 @@ def results(case: Case, compute: Attend) -> list[np.ndarray]:
         out, backward = jax.vjp(lambda q, k, v: compute(q, k, v, mask), q, k, v)
         return out, *backward(gradient)
 
-    return [np.asarray(x) for x in run(*inputs(case), case.mask)]
+    arguments = (x.astype(dtype) for x in inputs(case))
+    return [np.asarray(x, np.float32) for x in run(*arguments, case.mask)]
 
 
-def assert_like_reference(case: Case, compute: Attend) -> None:
-    """Result and gradients equal those of "reference"; queries without a key have exact zeros."""
-    found = results(case, compute)
+def assert_like_reference(case: Case, compute: Attend, dtype: Any = jnp.float32) -> None:
+    """Result and gradients equal those of "reference"; queries without a key have exact zeros.
+
+    In a dtype of fewer digits than float32's, they equal the reference's in float32 to a few of
+    its roundings.
+    """
+    found = results(case, compute, dtype)
     expected = results(case, lambda q, k, v, mask: attend(q, k, v, mask, "reference"))
+    tolerance = 3e-6 if dtype == jnp.float32 else 4 * float(jnp.finfo(dtype).eps)
     for name, one, other in zip("oqkv", found, expected, strict=True):
         scale = np.abs(other).max()
-        np.testing.assert_allclose(one, other, atol=3e-6 * scale, rtol=0, err_msg=name)
+        np.testing.assert_allclose(one, other, atol=tolerance * scale, rtol=0, err_msg=name)
     blind = np.zeros((case.B, case.T), bool)
     if case.mask is not None:
         blind |= ~np.asarray(case.mask.rows(0, case.T)).any(-1)

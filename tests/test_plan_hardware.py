@@ -128,12 +128,6 @@ def test_sources_of_figures() -> None:
         "memory": "estimate",
     }
     assert (bound.binds, bound.seconds) == ("memory", 2)
-    unread = time_bound(None, topology, mesh, **given)
-    assert {term.resource: term.source for term in unread.terms} == {
-        "compute": "formula",
-        "memory": "estimate",
-    }
-    assert unread.seconds == 2
 
 
 def test_decoding_is_one_run_of_the_open_loop() -> None:

@@ -37,6 +37,16 @@ def test_like_the_reference(name: str):
     assert_like_reference(CASES[name], interpreted)
 
 
+@pytest.mark.parametrize(("seed", "images", "tiles"), [(1, 1, 4), (2, 8, 4)])
+def test_other_numbers_of_images(seed: int, images: int, tiles: int):
+    assert_like_reference(make_cases(seed, images, tiles)["tiles"], interpreted)
+
+
+@pytest.mark.parametrize("name", ["vision", "tiles"])
+def test_in_bfloat16(name: str):
+    assert_like_reference(CASES[name], interpreted, jnp.bfloat16)
+
+
 def test_separate_backward_kernel(monkeypatch: pytest.MonkeyPatch):
     """So many blocks of keys that the queries' gradient is computed by a kernel of its own."""
     monkeypatch.setattr("mllama_jax.attention.blocks._MOST_KEYS", {2: 128, 4: 128})

@@ -1,17 +1,20 @@
 """Masks of rank one as extra features of queries and keys: kernels need not know them.
 
-A product of two features that are both ``_LARGE`` takes a score so far down that its exponential
+A product of two features that are both large takes a score so far down that its exponential
 is exactly zero, yet stays finite in float32. Any other product is exactly zero, so that all other
 scores keep their bits.
 """
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from mllama_jax.masks import PaddingPairMask
 from mllama_jax.shapes import Array, Float
 
-# A power of two, exact in bfloat16.
-_LARGE = 2.0**60
+
+def _large(dtype: DTypeLike) -> float:
+    """A power of two, exact in every dtype and finite in this one."""
+    return 2.0**15 if dtype == jnp.float16 else 2.0**60
 
 
 def with_padding_columns(
@@ -25,7 +28,7 @@ def with_padding_columns(
     Args:
       scale: what the kernel multiplies scores by.
     """
-    column_BE11 = jnp.where(mask.padding_BE, _LARGE, 0.0)[:, :, None, None]
+    column_BE11 = jnp.where(mask.padding_BE, _large(q_BENH.dtype), 0.0)[:, :, None, None]
     q_BENH, k_BEKH = _append(q_BENH, column_BE11), _append(k_BEKH, -column_BE11)
     bias_BE = mask.bias()
     if bias_BE is not None:
@@ -42,7 +45,7 @@ def with_end_column(
 ) -> tuple[Float[Array, "B T N h"], Float[Array, "B S K h"]]:
     """Queries and keys with the feature that hides keys from index ``num_keys`` on."""
     hidden_S = jnp.arange(k_BSKH.shape[1]) >= num_keys
-    column_S11 = jnp.where(hidden_S, -_LARGE, 0.0)[:, None, None]
+    column_S11 = jnp.where(hidden_S, -_large(k_BSKH.dtype), 0.0)[:, None, None]
     return _append(q_BTNH, jnp.ones((1, 1, 1))), _append(k_BSKH, column_S11)
 
 

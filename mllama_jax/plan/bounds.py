@@ -14,6 +14,7 @@ from mllama_jax.attention.costs import KernelCost
 from mllama_jax.plan.collectives import network_seconds
 from mllama_jax.plan.hardware import Chip
 from mllama_jax.plan.hlo import KernelCall, ProgramCost
+from mllama_jax.plan.parts import COPIES
 from mllama_jax.plan.record import Bound, Term
 from mllama_jax.plan.topology import Topology
 
@@ -32,7 +33,7 @@ CostOfKernel = Callable[[KernelCall], KernelCost | None]
 
 
 def time_bound(
-    cost: ProgramCost | None,
+    cost: ProgramCost,
     topology: Topology,
     mesh: Mesh,
     *,
@@ -43,8 +44,7 @@ def time_bound(
     """The bound on a step, or on one run of a decoding loop (`ProgramCost.in_open_loop`).
 
     Args:
-        cost: of the program; None where the compiler could not write it, so that its cycles and
-            collectives are not known: the bound is then that of the formula and of memory.
+        cost: of the program.
         mesh: of the topology's devices, that the program was compiled for.
         model_flops: of the step by the model's formula, on all devices together.
         bytes_read: by each device at least once in the step, such as parameters and cache.
@@ -53,12 +53,9 @@ def time_bound(
     chip = topology.chip
     at_peak = model_flops / topology.num_devices / chip.peak_flops
     terms = [Term("parameters and cache", MEMORY, bytes_read / chip.memory_bandwidth, "estimate")]
-    if cost is None:
-        terms.append(Term("model", COMPUTE, at_peak, "formula"))
-    else:
-        terms += _summed(_computing(cost, chip))
-        terms += _summed(_kernels(cost, chip, cost_of_kernel))
-        terms += _summed(_exchanges(cost, topology, mesh))
+    terms += _summed(_computing(cost, chip))
+    terms += _summed(_kernels(cost, chip, cost_of_kernel))
+    terms += _summed(_exchanges(cost, topology, mesh))
     resources = by_resource(terms)
     seconds = max(_beside(resources).values())
     return Bound(
@@ -108,7 +105,8 @@ def _binding(resources: dict[str, float]) -> str:
 
 def _computing(cost: ProgramCost, chip: Chip) -> Iterator[Term]:
     for item in cost.cycles:
-        yield Term(item.part, COMPUTE, item.cycles / chip.clock, "compiler")
+        name = item.part if item.part == COPIES else f"{item.part}: {item.kind}"
+        yield Term(name, COMPUTE, item.cycles / chip.clock, "compiler")
 
 
 def _kernels(cost: ProgramCost, chip: Chip, cost_of_kernel: CostOfKernel) -> Iterator[Term]:

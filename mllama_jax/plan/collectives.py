@@ -119,11 +119,11 @@ def _collective(operation: Operation, instruction: Instruction, overlaps: bool) 
     group = _group(instruction)
     size = sum(found)
     if instruction.opcode.endswith("-start"):
-        if operation == "all-gather":
+        if operation in ("all-gather", "reduce-scatter"):  # the whole and a part of it
             size = size * len(group) // (len(group) + 1)
         elif operation != "all-reduce":
             size //= 2
-    if operation == "reduce-scatter":
+    elif operation == "reduce-scatter":
         size *= len(group)
     return Collective(operation, size, group, overlaps=overlaps)
 

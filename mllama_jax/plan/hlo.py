@@ -11,10 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Self
 
-import jax
-
 from mllama_jax.plan.collectives import Collective, find_collective
-from mllama_jax.plan.hlo_text import Instruction, Module, arrays, parse_module, reached, trip_count
+from mllama_jax.plan.hlo_text import Instruction, Module, arrays, reached, trip_count
 from mllama_jax.plan.parts import COPIES, OTHER, Phase, part_of, phase_of
 
 Kind = Literal["products", "copies", "vector"]
@@ -37,6 +35,15 @@ class Cycles:
     kind: Kind
     phase: Phase
     cycles: float
+    in_open_loop: bool
+
+
+@dataclass(frozen=True)
+class Unestimated:
+    """Operations that compute, and whose cycles the compiler failed to estimate."""
+
+    part: str
+    runs: float
     in_open_loop: bool
 
 
@@ -67,6 +74,7 @@ class ProgramCost:
     cycles: tuple[Cycles, ...]
     collectives: tuple[Collective, ...]
     kernels: tuple[KernelCall, ...]
+    unestimated: tuple[Unestimated, ...] = ()
 
     @property
     def total_cycles(self) -> float:
@@ -79,6 +87,11 @@ class ProgramCost:
             parts[item.part] += item.cycles
         return dict(sorted(parts.items(), key=lambda entry: -entry[1]))
 
+    @property
+    def has_open_loops(self) -> bool:
+        """Whether something runs in a loop whose length the schedule does not say."""
+        return any(i.in_open_loop for i in (*self.cycles, *self.collectives, *self.kernels))
+
     def in_open_loop(self) -> Self:
         """Only what one run of the loops costs whose length the values decide: a decoding step."""
         return replace(
@@ -86,6 +99,7 @@ class ProgramCost:
             cycles=tuple(item for item in self.cycles if item.in_open_loop),
             collectives=tuple(item for item in self.collectives if item.in_open_loop),
             kernels=tuple(item for item in self.kernels if item.in_open_loop),
+            unestimated=tuple(item for item in self.unestimated if item.in_open_loop),
         )
 
 
@@ -114,28 +128,12 @@ def out_of_memory(error: BaseException) -> OutOfMemory | None:
     return OutOfMemory(*sizes)
 
 
-def program_cost(compiled: jax.stages.Compiled) -> ProgramCost | None:
-    """The cost of a program compiled for TPUs; None if the compiler can't write it as text.
-
-    That happens with some very large programs. Their memory is known all the same.
-    """
-    try:
-        text = compiled.as_text()
-    except jax.errors.JaxRuntimeError:
-        return None
-    return parse_cost(text) if text else None
-
-
-def parse_cost(text: str) -> ProgramCost:
-    """The cost of a program from the text of its schedule.
+def program_cost(schedule: Module) -> ProgramCost:
+    """The cost of a program compiled for TPUs.
 
     Of the branches of a conditional the cheapest counts, for a lower bound.
-
-    Raises:
-        ValueError: it is not the text of a compiled program.
     """
-    module = parse_module(text)
-    return _gathered(_Walk(module).items(module.entry, _Place(1.0, False, "")))
+    return _gathered(_Walk(schedule).items(schedule.entry, _Place(1.0, False, "")))
 
 
 @dataclass(frozen=True)
@@ -151,7 +149,7 @@ class _Place:
         return op_name if op_name.startswith("jit(") else f"{self.path}/{op_name}"
 
 
-_Item = Cycles | KernelCall | Collective
+_Item = Cycles | Unestimated | KernelCall | Collective
 
 
 class _Walk:
@@ -176,8 +174,11 @@ class _Walk:
             elif opcode == "conditional":
                 branches = [list(self.items(branch, place)) for branch in instruction.branches]
                 yield from min(branches, key=_all_cycles)
-            elif opcode in ("call", "async-start"):
+            elif opcode == "call":
                 yield from self.items(instruction.called, place)
+            elif opcode == "async-start":
+                for item in self.items(instruction.called, place):
+                    yield replace(item, overlaps=True) if isinstance(item, Collective) else item
             else:
                 yield from self._own(instruction, place)
 
@@ -188,9 +189,11 @@ class _Walk:
         part = part_of(path)
         if kind == "copies" and part == OTHER:
             part = COPIES
-        if instruction.cycles:
-            cycles = instruction.cycles * place.runs
-            yield Cycles(part, kind, phase, cycles, place.in_open_loop)
+        cycles = instruction.cycles
+        if cycles is None:
+            yield Unestimated(part, place.runs, place.in_open_loop)
+        elif cycles:
+            yield Cycles(part, kind, phase, cycles * place.runs, place.in_open_loop)
         if instruction.attribute("custom_call_target") == "tpu_custom_call":
             constraints = instruction.rest.partition("operand_layout_constraints={")[2]
             operands = arrays(constraints.partition("}}")[0])
@@ -245,18 +248,19 @@ def _all_cycles(items: list[_Item]) -> float:
     return sum(item.cycles for item in items if isinstance(item, Cycles))
 
 
+_AMOUNTS = {Cycles: "cycles", Unestimated: "runs", KernelCall: "calls", Collective: "runs"}
+"""The field of each kind of item that adds up."""
+
+
 def _gathered(items: Iterator[_Item]) -> ProgramCost:
     """Alike operations together."""
     amounts: dict[Any, float] = defaultdict(float)
     for item in items:
-        if isinstance(item, Cycles):
-            amounts[replace(item, cycles=0.0)] += item.cycles
-        elif isinstance(item, KernelCall):
-            amounts[replace(item, calls=0.0)] += item.calls
-        else:
-            amounts[replace(item, runs=0.0)] += item.runs
-    return ProgramCost(
-        tuple(replace(k, cycles=v) for k, v in amounts.items() if isinstance(k, Cycles)),
-        tuple(replace(k, runs=v) for k, v in amounts.items() if isinstance(k, Collective)),
-        tuple(replace(k, calls=v) for k, v in amounts.items() if isinstance(k, KernelCall)),
-    )
+        field = _AMOUNTS[type(item)]
+        amounts[replace(item, **{field: 0.0})] += getattr(item, field)
+
+    def of(kind: type) -> tuple[Any, ...]:
+        field = _AMOUNTS[kind]
+        return tuple(replace(k, **{field: v}) for k, v in amounts.items() if isinstance(k, kind))
+
+    return ProgramCost(of(Cycles), of(Collective), of(KernelCall), of(Unestimated))

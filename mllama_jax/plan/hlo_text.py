@@ -10,6 +10,7 @@ _INSTRUCTION = re.compile(r"\s+(ROOT )?%([\w.\-]+) = (.*)", re.DOTALL)
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(")
 _OPCODE = re.compile(r" ([a-z][\w\-]*)\(")  # no shape or layout has a space before a parenthesis
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_FAILED = 2**63 - 1  # what the compiler writes for an estimate that it could not make
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _NAMES = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|body)=%([\w.\-]+)")
@@ -37,10 +38,11 @@ class Instruction:
     is_root: bool
 
     @property
-    def cycles(self) -> int:
-        """The compiler's estimate; 0 where it makes none."""
+    def cycles(self) -> int | None:
+        """The compiler's estimate; 0 where it makes none, None where it failed to."""
         match = _CYCLES.search(self.rest)
-        return int(match[1]) if match else 0
+        cycles = int(match[1]) if match else 0
+        return None if cycles == _FAILED else cycles
 
     @property
     def op_name(self) -> str:

@@ -18,9 +18,8 @@ def counted(program: Program, usable: int) -> Memory:
     return Memory(usable, tuple(_arguments(program)))
 
 
-def measured(program: Program, compiled: Any, usable: int) -> Memory:
-    """All of a compiled program's memory."""
-    stats = compiled.memory_analysis()
+def measured(program: Program, stats: Any, usable: int) -> Memory:
+    """All of a compiled program's memory, from the compiler's own account of it."""
     amounts = list(_arguments(program))
     arguments = sum(amount.bytes for amount in amounts if amount.kind != HELD)
     padding = stats.argument_size_in_bytes - arguments

@@ -11,9 +11,11 @@ from mllama_jax.flops import total
 from mllama_jax.plan import store
 from mllama_jax.plan.advice import advice
 from mllama_jax.plan.bounds import time_bound, uncosted
+from mllama_jax.plan.compiling import CompiledProgram, compile_program
 from mllama_jax.plan.estimate import estimated_temporaries
 from mllama_jax.plan.flops import job_flops
 from mllama_jax.plan.hlo import OutOfMemory, out_of_memory, program_cost
+from mllama_jax.plan.hlo_text import Module
 from mllama_jax.plan.job import Job, resolved
 from mllama_jax.plan.kernels import kernel_cost
 from mllama_jax.plan.memory import bytes_read, counted, largest_arguments, measured, refused
@@ -100,9 +102,9 @@ def _answer(
             memory = refused(program, compiled.required, usable)
             buffers += estimated_temporaries(job, config, program)
         else:
-            memory = measured(program, compiled, usable)
-            buffers += largest_temporaries(compiled)
-            bound, notes = _bound(job, compiled, topology, program, total(flops))
+            memory = measured(program, compiled.memory, usable)
+            buffers += largest_temporaries(compiled.schedule)
+            bound, notes = _bound(job, compiled.schedule, topology, program, total(flops))
     mesh = program.model.mesh
     assert mesh is not None
     return Plan(
@@ -122,9 +124,9 @@ def _answer(
     )
 
 
-def _compile(program: Program) -> jax.stages.Compiled | OutOfMemory:
+def _compile(program: Program) -> CompiledProgram | OutOfMemory:
     try:
-        return program.lower().compile()
+        return compile_program(program.lower())
     except jax.errors.JaxRuntimeError as error:
         found = out_of_memory(error)
         if found is None:
@@ -134,24 +136,27 @@ def _compile(program: Program) -> jax.stages.Compiled | OutOfMemory:
 
 def _bound(
     job: Job,
-    compiled: jax.stages.Compiled,
+    schedule: Module,
     topology: Topology,
     program: Program,
     flops: float,
 ) -> tuple[Bound, tuple[str, ...]]:
     """The bound, and what it leaves out."""
-    cost = program_cost(compiled)
+    cost = program_cost(schedule)
     notes = []
-    if cost is None:
+    if job.task == "decode":
+        cost = cost.in_open_loop()
+    elif cost.has_open_loops:
+        notes.append("the bound counts a loop once whose length could not be read")
+    if cost.unestimated:
+        parts = ", ".join(dict.fromkeys(item.part for item in cost.unestimated))
+        runs = sum(item.runs for item in cost.unestimated)
         notes.append(
-            "the compiler could not write this program as text: the bound is that of the formula "
-            "and of memory alone"
+            f"the compiler failed to estimate {runs:,.0f} runs of operations ({parts}): the bound "
+            "leaves them out"
         )
-    else:
-        if job.task == "decode":
-            cost = cost.in_open_loop()
-        if missing := uncosted(cost, kernel_cost):
-            notes.append(f"the bound leaves out these kernels: {', '.join(missing)}")
+    if missing := uncosted(cost, kernel_cost):
+        notes.append(f"the bound leaves out these kernels: {', '.join(missing)}")
     assert program.model.mesh is not None
     bound = time_bound(
         cost,

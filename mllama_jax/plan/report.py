@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from mllama_jax.cli.tables import columns, indented
+from mllama_jax.plan.bounds import without_overlap
 from mllama_jax.plan.job import Job
 from mllama_jax.plan.record import GIB, SOURCES, Plan, Source
 from mllama_jax.plan.search import Search
@@ -100,7 +101,8 @@ def comparison(plans: Sequence[Plan]) -> str:
     job = plans[0].job
     title = f"{job.model} {job.task}: {workload(job).partition('; ')[2]}"
     table = columns(rows, right=range(1, len(plans) + 1))
-    return f"{title}\n\n{indented(table)}\n\n{_legend(plans)}"
+    notes = "".join(f"{plan.job.topology}: {note}.\n" for plan in plans for note in plan.notes)
+    return f"{title}\n\n{indented(table)}\n\n{notes}{_legend(plans)}"
 
 
 def trials(search: Search) -> str:
@@ -168,6 +170,9 @@ def _time(plan: Plan) -> str:
     rows.append(("at least", f"{bound.binds} binds", _ms(bound.seconds), ""))
     rates = [f"{_limit(rate.unit)} {_number(rate.value)} {rate.unit}" for rate in plan.rates]
     told = "; ".join([f"MFU at most {bound.mfu:.1%}", *rates])
+    apart = without_overlap(bound.terms)
+    if apart > bound.seconds:
+        told += f"\n  if no exchange between chips were hidden: at least {_ms(apart)} ms"
     title = "Lower bound on a step's time, ms (hardware takes longer)"
     return f"{title}\n{indented(columns(rows, right=(2,)))}\n  {told}"
 

@@ -1,8 +1,6 @@
 """The largest arrays that a compiled program makes on the way, from the text of its schedule."""
 
-import jax
-
-from mllama_jax.plan.hlo_text import Instruction, Module, arrays, num_bytes, parse_module
+from mllama_jax.plan.hlo_text import Instruction, Module, arrays, num_bytes
 from mllama_jax.plan.parts import part_of
 from mllama_jax.plan.record import Buffer
 
@@ -14,20 +12,8 @@ _NO_NEW_ARRAY = (
 _FAST_MEMORY = "S(1)"
 
 
-def largest_temporaries(compiled: jax.stages.Compiled) -> list[Buffer]:
-    """One for each dtype and shape that no argument has, the largest first.
-
-    Empty where the compiler can't write the program as text, as with some very large ones.
-    """
-    try:
-        text = compiled.as_text()
-    except jax.errors.JaxRuntimeError:
-        return []
-    return largest_in_module(parse_module(text)) if text else []
-
-
-def largest_in_module(module: Module) -> list[Buffer]:
-    """As `largest_temporaries`, of a program that was taken apart."""
+def largest_temporaries(module: Module) -> list[Buffer]:
+    """One for each dtype and shape that no argument has, the largest first."""
     given = {
         array
         for instruction in module.computations[module.entry]
