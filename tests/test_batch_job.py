@@ -176,6 +176,32 @@ def test_errors_are_asked_again_when_told(tmp_path: Path, output: Path):
     ]
 
 
+def test_results_are_on_the_disk_within_seconds(output: Path, monkeypatch: pytest.MonkeyPatch):
+    synced: list[int] = []
+    now = 100.0
+    monkeypatch.setattr("os.fsync", lambda _: synced.append(output.read_bytes().count(b"\n")))
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    with ResultsFile(output, JOB) as results:
+        synced.clear()
+        for number in range(3):
+            results.append({"custom_id": str(number), "error": None})
+        now += 4.9
+        results.update()
+        assert synced == []
+        now += 0.2
+        results.update()  # nothing is appended
+        assert synced == [3]
+        now += 60.0
+        results.update()
+        results.append({"custom_id": "4", "error": None})
+        assert synced == [3]
+        now += 5.1
+        results.append({"custom_id": "5", "error": None})
+        assert synced == [3, 5]
+        results.append({"custom_id": "6", "error": None})
+    assert synced == [3, 5, 6]
+
+
 def test_two_jobs_do_not_write_one_file(tmp_path: Path, output: Path):
     run(write(tmp_path / "requests.jsonl", line("a", 1), line("b", top_p=7)), output)
     for retry_errors in (False, True):  # the latter puts another file there

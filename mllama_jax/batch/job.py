@@ -88,6 +88,8 @@ def run_job(
         def show_progress() -> None:
             progress.update()
             numbers.update()
+            job.summary.update(job.stats())
+            results.update()
 
         try:
             for result in engine.run(job.requests(stopping), after_step=show_progress):

@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -26,9 +27,9 @@ class ResultsFile:
     """Use as a context manager: what is in the file, and more lines for it.
 
     Every line goes to the operating system in one piece when it is appended, so it outlives the
-    process. The disk is told to keep it every five seconds and at the end; a machine that loses
-    its power loses these seconds, and they are done again. A last line without its end, which only
-    an interrupted process leaves, is cut off.
+    process. The disk is told to keep it within about five seconds (`update`) and at the end; a
+    machine that loses its power loses these seconds, and they are done again. A last line without
+    its end, which only an interrupted process leaves, is cut off.
 
     Args:
         path: of the file; made if absent.
@@ -55,7 +56,7 @@ class ResultsFile:
         self.kept: dict[str, Any] = {}
         # As it is when it is read back.
         self._fingerprint = json.loads(json.dumps(fingerprint))
-        self._synced_at = time.monotonic()
+        self._unsynced_since: float | None = None
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = _locked(path)
         try:
@@ -77,13 +78,20 @@ class ResultsFile:
         while data:
             data = data[os.write(self._file.fileno(), data) :]
         self._count(line)
-        if time.monotonic() - self._synced_at > _SECONDS_BETWEEN_SYNCS:
+        if self._unsynced_since is None:
+            self._unsynced_since = time.monotonic()
+        self.update()
+
+    def update(self) -> None:
+        """To be called often, so that lines don't wait for the disk until the next is appended."""
+        since = self._unsynced_since
+        if since is not None and time.monotonic() - since > _SECONDS_BETWEEN_SYNCS:
             self.sync()
 
     def sync(self) -> None:
         """Returns when the disk has all lines."""
         os.fsync(self._file.fileno())
-        self._synced_at = time.monotonic()
+        self._unsynced_since = None
 
     def __enter__(self) -> Self:
         return self
@@ -227,6 +235,18 @@ def _put_in_place(file: BinaryIO, incomplete: Path, path: Path) -> None:
     file.flush()
     os.fsync(file.fileno())
     incomplete.replace(path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Returns when the disk knows which files are in it."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        # Some file systems of networks refuse it for folders, and need it as little.
+        with suppress(OSError):
+            os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _locked(path: Path) -> BinaryIO:

@@ -1,8 +1,9 @@
 """What a batch job has done, in a few lines for a person."""
 
 import re
-import time
 from collections import Counter
+from collections.abc import Callable, Mapping
+from time import monotonic
 
 import numpy as np
 
@@ -13,6 +14,9 @@ from mllama_jax.batch.stats import EngineStats
 __all__ = ["Summary"]
 
 _PERCENTILES = (50, 90, 99)
+_WINDOW = 1.0
+"""Seconds over which throughput is measured, at least."""
+
 _CAUSES_KEPT, _CAUSES_SHOWN = 200, 5
 _LONGEST_MESSAGE = 140
 _QUOTED_OR_NUMBER = re.compile(r"'[^']*'|\"[^\"]*\"|\d+")
@@ -32,7 +36,8 @@ class Summary:
 
     def __init__(self, skipped: int):
         self._skipped = skipped
-        self._started = time.monotonic()
+        self._started = self._window_began = monotonic()
+        self._counted: tuple[int, int] | None = None
         self._first_answer: float | None = None
         self._answered = self._failed = 0
         self._latencies = {
@@ -40,7 +45,7 @@ class Summary:
             "to first token": _Histogram(),
             "total": _Histogram(),
         }
-        self._speeds = _Histogram()
+        self._speeds = {"in": _Histogram(), "out": _Histogram(), "of one request": _Histogram()}
         self._causes: Counter[tuple[int, str, str]] = Counter()
         self._examples: dict[tuple[int, str, str], str] = {}
 
@@ -51,7 +56,7 @@ class Summary:
             self._add_cause(result.error)
             return
         if self._first_answer is None:
-            self._first_answer = time.monotonic() - self._started
+            self._first_answer = monotonic() - self._started
         self._answered += 1
         timings = result.timings
         times = (timings.waiting, timings.first_token, timings.total)
@@ -59,7 +64,20 @@ class Summary:
             histogram.add(seconds)
         tokens = sum(len(choice.token_ids) for choice in result.choices)
         if tokens and timings.total > timings.waiting:
-            self._speeds.add(tokens / (timings.total - timings.waiting))
+            self._speeds["of one request"].add(tokens / (timings.total - timings.waiting))
+
+    def update(self, stats: EngineStats) -> None:
+        """Measures throughput; to be called after each step."""
+        now = monotonic()
+        counted = (stats.tokens_in, stats.tokens_out)
+        if self._counted is None:
+            self._counted = counted
+        elif now - self._window_began < _WINDOW:
+            return
+        else:
+            for name, more, before in zip(("in", "out"), counted, self._counted, strict=True):
+                self._speeds[name].add((more - before) / (now - self._window_began))
+        self._window_began, self._counted = now, counted
 
     def text(self, stats: EngineStats, stopped_by: str | None = None) -> str:
         """All of it, as lines.
@@ -70,9 +88,10 @@ class Summary:
         """
         lines = [self._counts(), *self._errors()]
         if self._answered or self._failed:
-            lines += self._work(stats, time.monotonic() - self._started)
+            lines += self._work(stats, monotonic() - self._started)
         if self._answered:
-            lines += self._latency()
+            lines += _table("Latency", self._latencies, _seconds)
+        lines += _table("Tokens/s", self._speeds, _number)
         if stopped_by is not None:
             lines.append(
                 f"Stopped by {stopped_by} before the end: the same command carries on from here."
@@ -122,20 +141,21 @@ class Summary:
             f"Pictures  {stats.pictures_encoded:,} encoded, {stats.pictures_reused:,} reused",
         ]
 
-    def _latency(self) -> list[str]:
-        header = "".join(f"{f'p{percent}':>10}" for percent in _PERCENTILES)
-        lines = [f"{'Latency':<16}{header}"]
-        for name, histogram in self._latencies.items():
-            values = (_seconds(histogram.percentile(percent)) for percent in _PERCENTILES)
+
+def _table(
+    title: str, rows: Mapping[str, "_Histogram"], written: Callable[[float], str]
+) -> list[str]:
+    """Percentiles of what there is."""
+    lines = [f"{title:<16}" + "".join(f"{f'p{percent}':>10}" for percent in _PERCENTILES)]
+    for name, histogram in rows.items():
+        if histogram.count:
+            values = (written(histogram.percentile(percent)) for percent in _PERCENTILES)
             lines.append(f"  {name:<14}" + "".join(f"{value:>10}" for value in values))
-        if self._speeds.count:
-            speed = _number(self._speeds.percentile(50))
-            lines.append(f"Tokens/s of one request, while it had a slot: p50 {speed}")
-        return lines
+    return lines if len(lines) > 1 else []
 
 
 class _Histogram:
-    """Of positive values; the percentiles are off by 1 % at most."""
+    """Of values from 0 on; the percentiles are off by 1 % at most."""
 
     _EDGES = np.geomspace(1e-6, 1e8, 1630)
 
@@ -153,6 +173,8 @@ class _Histogram:
         """The least value that so many percent do not exceed."""
         rank = max(1, int(np.ceil(self.count * percent / 100)))
         place = int(np.searchsorted(np.cumsum(self._counts), rank))
+        if place == 0:
+            return self._low
         below, above = self._EDGES[max(place - 1, 0)], self._EDGES[min(place, len(self._EDGES) - 1)]
         return float(np.clip(np.sqrt(below * above), self._low, self._high))
 

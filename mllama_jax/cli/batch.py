@@ -60,7 +60,8 @@ def batch(
         model: Hugging Face folder or hub id.
         image_folder: instead of a file of requests: a folder of pictures.
         prompt: what to ask about each of them.
-        max_tokens: the longest answer to requests that don't say it.
+        max_tokens: the longest answer to requests that don't say it; as many tokens as there is
+            room for, if these are fewer.
         temperature: of requests that don't say it; 0 takes the most likely token.
         seed: of requests that don't say it; otherwise each has one that its custom_id gives.
         allow_folder: requests may read pictures in it, and in folders below; give the option once
@@ -69,7 +70,8 @@ def batch(
         allow_remote: fetch pictures from http and https addresses.
         retry_errors: ask those again whose result is an error.
         grace: seconds for what has begun when SIGTERM or SIGINT stops the job.
-        report: a page of pictures, prompts and answers to write at the end.
+        report: a page of pictures, prompts and answers to write at the end; of several shards, give
+            it with --merge.
         metrics: a JSONL file of speeds, a line every ten seconds.
         num_slots: requests that are answered at the same time.
         max_length: tokens of a request, prompt and answer together.
@@ -87,7 +89,7 @@ def batch(
         merge: only join the results of all shards, in the order of the requests.
         compilation_cache: where compiled programs are kept for later starts; by default
             JAX_COMPILATION_CACHE_DIR or ~/.cache/mllama_jax/compiled.
-        date: today's date as the chat template is to say it. A job that is carried on keeps its.
+        date: today's date as the chat template is to say it. A job that is carried on keeps it.
         revision: of a hub id.
     """
     options = BatchOptions(**locals())

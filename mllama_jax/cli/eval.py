@@ -64,7 +64,7 @@ def eval(
             multiple_choice for questions with choices, vqa for those that ten people have answered,
             exact_match for others.
         suffix: written below each question, such as "Answer with a single word or phrase."
-        max_tokens: the longest answer.
+        max_tokens: the longest answer; as many tokens as there is room for, if these are fewer.
         temperature: 0 takes the most likely token, always the same.
         seed: of the draw, if the temperature is not 0; otherwise each question has its own.
         allow_folder: pictures are read from it, and from folders below; give the option once for
@@ -86,7 +86,7 @@ def eval(
             same command. Each takes its part of the questions; the first one scores all.
         compilation_cache: where compiled programs are kept for later starts; by default
             JAX_COMPILATION_CACHE_DIR or ~/.cache/mllama_jax/compiled.
-        date: today's date as the chat template is to say it. A job that is carried on keeps its.
+        date: today's date as the chat template is to say it. A job that is carried on keeps it.
         revision: of a hub id.
     """
     given = locals()
