@@ -1,4 +1,4 @@
-"""A server on this machine that answers as Google Cloud Storage does, for clients that read."""
+"""A server on this machine that answers as Google Cloud Storage does."""
 
 import base64
 import hashlib
@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+import gcs_writes
+
 _PATH = re.compile(r"(?:/download)?/storage/v1/b/(?P<bucket>[^/]+)(?P<o>/o(?:/(?P<name>.+))?)?")
 
 
 class Asked(NamedTuple):
-    """A request: for "bucket", "list", "metadata" or "media"; bytes of the answer's media."""
+    """A request: for "bucket", "list", "metadata", "media" or "write"; bytes of the answer's
+    media, or of what was sent to be written."""
 
     what: str
     name: str
@@ -44,8 +47,24 @@ class Gcs(ThreadingHTTPServer):
         self.asked: list[Asked] = []
         self.faults: dict[str, Iterator[int | str]] = {}
         self.closed: set[str] = set()
+        self.writing = threading.Lock()
+        self.pieces: list[bytes] = []  # of uploads in several requests, by their number
         self._thread = threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True)
         self._thread.start()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What clients have to be told to ask this server."""
+        addresses = ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL")
+        return {
+            **dict.fromkeys(addresses, self.url),
+            "NO_GCE_CHECK": "true",
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # would ask by gRPC what bucket this is
+            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
+            "CLOUDSDK_CONFIG": str(self.root),
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
+        }
 
     @property
     def url(self) -> str:
@@ -106,6 +125,46 @@ class _Handler(BaseHTTPRequestHandler):
         if found["o"]:
             return self._json(_listing(self.server.root / bucket, query))
         return self._json({"kind": "storage#bucket", "id": bucket, "name": bucket})
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        path, root = urlsplit(self.path).path, self.server.root
+        if path == "/batch/storage/v1":
+            answer = gcs_writes.delete_many(root, body)
+            kind = {"Content-Type": "multipart/mixed; boundary=batch"}
+            return self._send(200, kind, len(answer), answer)
+        if "uploadType=resumable" in self.path:
+            pieces = self.server.pieces
+            if "upload_id=" not in self.path:
+                pieces.append(b"")
+                where = f"{self.server.url}{self.path}&upload_id={len(pieces) - 1}"
+                return self._send(200, {"Location": where}, 0, b"")
+            number = int(self.path.rpartition("=")[2])
+            pieces[number] = body = pieces[number] + body
+            if self.headers["Content-Range"].endswith("/*"):
+                return self._send(308, {"Range": f"bytes=0-{len(body) - 1}"}, 0, b"")
+        with self.server.writing:
+            stored = gcs_writes.upload(
+                root, self.path, self.headers["Content-Type"] or "", body
+            ) or gcs_writes.copy(root, path)
+        if stored is None:
+            return self._error(404, "no such method")
+        self.server.asked.append(Asked("write", f"{stored.bucket}/{stored.name}", len(body)))
+        if stored.status != 200:
+            return self._error(stored.status, "the object was not written")
+        resource = _resource(stored.bucket, stored.name, root / stored.bucket / stored.name)
+        is_rewritten = "/rewriteTo/" in path
+        return self._json({"done": True, "resource": resource} if is_rewritten else resource)
+
+    def do_DELETE(self) -> None:
+        found = _PATH.fullmatch(urlsplit(self.path).path)
+        if not found or not found["name"]:
+            return self._error(404, "no such method")
+        bucket, name = unquote(found["bucket"]), unquote(found["name"])
+        status = gcs_writes.delete(self.server.root, bucket, name)
+        if status != 204:
+            return self._error(status, f"No such object: {bucket}/{name}")
+        return self._send(204, {}, 0, b"")
 
     def _media(self, name: str, file: Path) -> None:
         fault = next(self.server.faults.get(name, iter(())), None)

@@ -59,18 +59,8 @@ META = {
 def gcs(tmp_path_factory) -> Iterator[Gcs]:
     """The server, with a checkpoint of every format in the bucket `models`."""
     root = tmp_path_factory.mktemp("gcs")
-    settings = {
-        "NO_GCE_CHECK": "true",
-        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # would ask by gRPC what bucket this is
-        "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
-        "CLOUDSDK_CONFIG": str(root),
-        "NO_PROXY": "127.0.0.1",
-        "no_proxy": "127.0.0.1",
-    }
     with Gcs(root) as server, pytest.MonkeyPatch.context() as patch:
-        for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
-            patch.setenv(name, server.url)
-        for name, value in settings.items():
+        for name, value in server.environment.items():
             patch.setenv(name, value)
         patch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
         _write_checkpoints(root / "models")

@@ -1,5 +1,6 @@
 """What a stopped run goes on from: parameters, optimizer, step, key, and the place in the data."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -9,10 +10,12 @@ import grain
 import jax
 import numpy as np
 from etils import epath
+from etils.epath import backend
 from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from mllama_jax.cloud import is_cloud
 from mllama_jax.train.config import CheckpointConfig
 from mllama_jax.train.damage import is_damage, root, summary
 from mllama_jax.train.digests import digests
@@ -161,10 +164,18 @@ class Checkpoints:
             self._damaged.mkdir(parents=True, exist_ok=True)
             while target.exists():
                 target = target.with_name(f"{target.name}-again")
-            (epath.Path(self._checkpointer.directory) / str(step)).rename(target)
+            _move(epath.Path(self._checkpointer.directory) / str(step), target)
         _wait_for_all("set aside")
         self._checkpointer.reload()
         return f"The checkpoint of step {step} is damaged ({problem}); it was moved to {target}."
+
+
+def _move(folder: epath.Path, target: epath.Path) -> None:
+    if is_cloud(folder):  # epath wants a folder to move to, which buckets do not have
+        client = backend.fsspec_backend.fs(folder)
+        client.mv(os.fspath(folder), os.fspath(target), recursive=True)
+    else:
+        folder.rename(target)
 
 
 def _check_readable(where: epath.PathLike, error: Exception | None) -> None:
@@ -198,7 +209,9 @@ def open_checkpoints(
     The newest `config.keep` of them stay on disk, and all of every `config.keep_every` steps.
     Damaged ones are moved to the folder damaged_checkpoints beside.
     """
-    training, folder = ocp.training, epath.Path(folder).absolute()
+    training, folder = ocp.training, epath.Path(folder)
+    if not is_cloud(folder):  # of an address, epath would make a path below this folder
+        folder = folder.absolute()
     policies = training.preservation_policies
     kept: Any = policies.LatestN(config.keep)
     if config.keep_every is not None:

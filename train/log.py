@@ -80,8 +80,7 @@ class Log:
         self._waiting.clear()
         speed = self._speed.measured()
         self._write("speed", "speed", step, speed)
-        if self._curves is not None:
-            self._curves.flush()
+        self._show()
         self._progress.report(step, numbers, described(speed))
 
     def _skipped(self, step: int, numbers: Numbers) -> None:
@@ -110,6 +109,7 @@ class Log:
         accuracies = {f"accuracy/{score.kind}": score.accuracy for score in found}
         numbers = {"eval_loss": loss, **accuracies}
         self._write("metrics", "held_out", step, numbers)
+        self._show()
         self._progress.say(f"Held-out answers after step {step}, loss {loss:.4f}:\n{table(found)}")
         shown = answers[: self._job.config.logging.samples]
         if self._curves is None or not shown:
@@ -121,8 +121,15 @@ class Log:
 
     def _write(self, file: str, group: str, step: int, numbers: Numbers) -> None:
         if self._curves is not None:
-            self._files[file].write(step, numbers)
+            self._files[file].add(step, numbers)
             self._curves.add(group, step, numbers)
+
+    def _show(self) -> None:
+        """Lets readers see all that was written."""
+        if self._curves is not None:
+            for file in self._files.values():
+                file.flush()
+            self._curves.flush()
 
     def __enter__(self) -> "Log":
         self._progress.__enter__()

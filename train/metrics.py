@@ -9,6 +9,8 @@ from typing import Self
 import tqdm
 from etils import epath
 
+from mllama_jax.cloud import is_cloud
+
 Numbers = Mapping[str, float | int]
 
 
@@ -23,17 +25,32 @@ class MetricsFile:
         checkpoint; from step 0, everything.
         """
         self._file = epath.Path(file)
-        kept = []
+        self._new: list[str] = []
+        kept: list[str] = []
         if resumed_step and self._file.exists():
             kept = [
                 line for line in self._file.read_text().splitlines() if _is_kept(line, resumed_step)
             ]
-        replace_text(self._file, "".join(line + "\n" for line in kept))
+        self._text = "".join(line + "\n" for line in kept)
+        replace_text(self._file, self._text)
 
-    def write(self, step: int, numbers: Numbers) -> None:
-        """Appends one line."""
-        with self._file.open("a") as out:
-            out.write(json.dumps({"step": step, **numbers}) + "\n")
+    def add(self, step: int, numbers: Numbers) -> None:
+        """Adds one line, which `flush` writes."""
+        self._new.append(json.dumps({"step": step, **numbers}) + "\n")
+
+    def flush(self) -> None:
+        """Lets readers see what was added.
+
+        Nothing can be appended to an object in a bucket, which is written anew as a whole.
+        """
+        new = "".join(self._new)
+        self._new.clear()
+        if not is_cloud(self._file):
+            with self._file.open("a") as out:
+                out.write(new)
+        elif new:
+            self._text += new
+            replace_text(self._file, self._text)
 
 
 def _is_kept(line: str, resumed_step: int) -> bool:
@@ -52,6 +69,9 @@ def replace_text(file: epath.Path, text: str) -> None:
 
 def replace_bytes(file: epath.Path, content: bytes) -> None:
     """As `replace_text`."""
+    if is_cloud(file):  # an object appears there when all of it has arrived
+        file.write_bytes(content)
+        return
     unfinished = file.with_name(f".{file.name}.incomplete")
     unfinished.write_bytes(content)
     unfinished.replace(file)

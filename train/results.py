@@ -1,8 +1,15 @@
 """What a run leaves: a model folder, adapters, and settings that others read."""
 
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import jax
 from etils import epath
 
+from mllama_jax.cloud import is_cloud
 from mllama_jax.generation.config import GenerationConfig
 from mllama_jax.model import MllamaForConditionalGeneration
 from mllama_jax.pretrained import Params
@@ -10,6 +17,8 @@ from mllama_jax.processing.processor import MllamaProcessor
 from mllama_jax.train.adapters_export import finished, only_adapters, save_adapters
 from mllama_jax.train.job import Job
 from mllama_jax.train.step import TrainState
+
+_COPIED_BYTES = 2**24
 
 
 def save_results(job: Job, state: TrainState) -> str:
@@ -25,9 +34,24 @@ def save_results(job: Job, state: TrainState) -> str:
         said.append(_without_model(output, is_whole=not job.frozen))
     else:
         whole = finished(model, job.frozen, state.params, config.recipe.lora, config.model)
-        save_model(output / "model", *whole, job.processor)
+        with _writable(output / "model") as folder:
+            save_model(folder, *whole, job.processor)
         said.append(f"The model is in {output / 'model'}.")
     return "\n".join(said)
+
+
+@contextmanager
+def _writable(folder: epath.Path) -> Iterator[epath.Path]:
+    """The folder; of one in a bucket a copy on this machine, whose files are sent there at the
+    end: weights are written at many places of a file."""
+    if not is_cloud(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="mllama_jax_") as local:
+        yield epath.Path(local)
+        for file in sorted(Path(local).iterdir()):
+            with file.open("rb") as source, (folder / file.name).open("wb") as target:
+                shutil.copyfileobj(source, target, _COPIED_BYTES)
 
 
 def _without_model(output: epath.Path, is_whole: bool) -> str:
