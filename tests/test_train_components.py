@@ -11,7 +11,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tiny_model import CONFIG
 
 import mllama_jax as mj
-from mllama_jax.train.components import component_of, describe_trained, is_gate, split
+from mllama_jax.train.components import (
+    component_of,
+    describe_trained,
+    is_gate,
+    rounding_warning,
+    split,
+)
 from mllama_jax.train.config import ConfigError
 from mllama_jax.train.config_file import load_config
 from mllama_jax.train.lora import adapters_of
@@ -179,6 +185,27 @@ def test_moments_may_be_bfloat16():
     _, state = first_step(OptimizerConfig(moment_dtype="bfloat16"), TrainedConfig("all"))
     assert {x.dtype for x in jax.tree.leaves(state[1][0].mu)} == {jnp.dtype("bfloat16")}
     assert {x.dtype for x in jax.tree.leaves(state[1][0].nu)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
+def test_moments_of_bfloat16_parameters_are_float32(name: str):
+    recipe = Recipe(9, OptimizerConfig(name), TrainedConfig("all"))
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), SHAPES)
+    state = jax.eval_shape(make_optimizer(MODEL, recipe).init, params)
+    moments = [x for x in jax.tree.leaves(state) if x.ndim]
+    assert {x.dtype for x in moments} == {jnp.dtype("float32")}
+
+
+def test_a_run_warns_of_steps_that_are_rounded_away():
+    coarse = {"kernel": jnp.ones((3, 5), jnp.bfloat16), "gate": jnp.ones(1)}
+    said = rounding_warning(coarse, 1e-5) or ""
+    assert "15 trained parameters are bfloat16" in said
+    assert "where a parameter is above 0.003" in said
+    # That is so: half of the distance between neighbours is where a step begins to count.
+    value = jnp.array(0.0039, jnp.bfloat16)
+    assert value + jnp.array(1e-5, jnp.bfloat16) == value
+    assert jnp.array(0.0019, jnp.bfloat16) + jnp.array(1e-5, jnp.bfloat16) > 0.0019
+    assert rounding_warning({"gate": jnp.ones(1)}, 1e-5) is None
 
 
 def test_muon_makes_orthogonal_updates_of_every_layers_projections():

@@ -115,6 +115,25 @@ def describe_trained(model: PretrainedModule, trained: Params, frozen: Params) -
     return "\n".join(_lines(model, trained, frozen))
 
 
+def rounding_warning(trained: Params, learning_rate: float) -> str | None:
+    """What is lost where trained parameters have too few bits for their steps; None if nothing is.
+
+    Args:
+        trained: parameters and adapters.
+        learning_rate: about the size of AdamW's steps.
+    """
+    coarse = [leaf for leaf in jax.tree.leaves(trained) if leaf.dtype != jnp.float32]
+    if not coarse:
+        return None
+    step = float(jnp.finfo(coarse[0].dtype).eps) / 2
+    return (
+        f"Warning: {sum(leaf.size for leaf in coarse):,} trained parameters are "
+        f"{coarse[0].dtype}. A step is rounded away where it is less than about {step:.1g} of its "
+        f"parameter; with optimizer.learning_rate={learning_rate:g}, where a parameter is above "
+        f"{learning_rate / step:.1g}. model.param_dtype=float32 loses none."
+    )
+
+
 def _lines(model: PretrainedModule, trained: Params, frozen: Params) -> Iterator[str]:
     counts = {name: dict.fromkeys(("frozen", "lora", "full"), 0) for name in COMPONENTS}
     for tree, mode in ((trained, "full"), (frozen, "frozen")):

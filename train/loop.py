@@ -5,6 +5,7 @@ import jax
 
 from mllama_jax.sharding import describe
 from mllama_jax.train.checkpoints import Checkpoints, open_checkpoints
+from mllama_jax.train.components import rounding_warning
 from mllama_jax.train.config import TrainConfig
 from mllama_jax.train.config_file import differences, to_yaml
 from mllama_jax.train.data.records import listed
@@ -58,6 +59,8 @@ def train(config: TrainConfig) -> list[Score]:
         resumed = int(state.step)
         with Log(job, resumed) as log:
             log.say("\n".join([*damaged, _opening(job, resumed)]))
+            if warning := rounding_warning(state.params, config.optimizer.learning_rate):
+                log.say(warning)
             if held_out and held_out.problems:
                 log.say(f"Left out of the held-out loss:{listed(held_out.problems)}")
             if jax.process_index() == 0:

@@ -75,11 +75,24 @@ def make_optimizer(model: PretrainedModule, recipe: Recipe) -> optax.GradientTra
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.chain(
-            _scaling(model, config),
+            _with_exact_moments(_scaling(model, config)),
             optax.stateless(in_groups),
             optax.scale_by_learning_rate(learning_rates(config, recipe.steps)),
         ),
     )
+
+
+def _with_exact_moments(scaling: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Moments in float32 (the first, unless it is told otherwise), whatever parameters are.
+
+    The second one would stand still in bfloat16: near its value it moves by less than is told
+    apart there.
+    """
+
+    def init(params: Params) -> Any:
+        return scaling.init(jax.tree.map(lambda p: p.astype(jnp.float32), params))
+
+    return optax.GradientTransformationExtraArgs(init, scaling.update)  # type: ignore[arg-type]
 
 
 def _scaling(model: PretrainedModule, config: OptimizerConfig) -> optax.GradientTransformation:

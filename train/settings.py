@@ -25,8 +25,8 @@ class ModelConfig:
     dtype: str = "float32"
     """What the model computes in."""
     param_dtype: str = "float32"
-    """What the parameters, and with them the optimizer's moments, are kept in; gates and adapters
-    are float32 in any case."""
+    """What the parameters are kept in; gates and adapters are float32 in any case. Parameters that
+    are trained want float32: most steps are smaller than what bfloat16 tells apart."""
     quantise: str | None = None
     """int8 or int4 stores the kernels of the decoder's layers so; these can't be trained, but
     adapters beside them can (QLoRA)."""
@@ -143,7 +143,8 @@ class OptimizerConfig:
     # Library (optax) states of 8 bits there are none, and a second moment in bfloat16 would stand
     # still: with b2=0.999 its steps are smaller than what bfloat16 tells apart.
     moment_dtype: str | None = None
-    """What the first moment is kept in, such as bfloat16; null for the parameters' own dtype."""
+    """What the first moment is kept in, such as bfloat16; null for float32. The second one is
+    float32 in any case."""
     max_grad_norm: float = 1.0
     """Gradients with a larger global norm are scaled down to it; .inf leaves all as they are."""
     microbatches: int = 1

@@ -124,7 +124,7 @@ def train_step(
     (loss, count), grads = _mean_loss_and_gradients(
         _as_computed(state.params, model), batch, frozen, model, recipe
     )
-    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), _placed(grads, places), state.params)
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32), _placed(grads, places))
     updates, opt_state = make_optimizer(model, recipe).update(grads, state.opt_state, state.params)
     params = _placed(optax.apply_updates(state.params, updates), places)
     norm = optax.tree.norm(grads)
