@@ -51,11 +51,55 @@ def test_nothing_is_compiled_after_the_warm_up(compiled: list[str]):
     # Two lengths of prompts and further chunks, and decoding, each with and without pictures; the
     # encoder, its result's way into a slot, the first token, and a prompt's way to another slot.
     assert programs == 2 * (2 + 1 + 1) + 1 + 1 + 1 + 1
-    answers(engine, mixed(4, seed=1))
     compiled.clear()
     answers(engine, mixed(20, seed=2) + mixed(6, seed=3, temperature=0.7, n=2, logprobs=3))
     assert compiled == []
     assert engine.stats.programs == programs
+
+
+def test_the_host_fetches_once_for_each_dispatch(monkeypatch: pytest.MonkeyPatch):
+    """However many tokens come of it. Fetches are counted where all ways to do it end: on a CPU
+    there is no transfer that the guard could see."""
+    engine = make_engine(decode_steps=16)
+    fetched, dispatched = [], []
+
+    def count(name: str) -> None:
+        program = getattr(engine._device, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            chunk = program(*args, **kwargs)
+            if chunk is not None:
+                dispatched.append(name)
+            return chunk
+
+        monkeypatch.setattr(engine._device, name, counted)
+
+    for name in ("prefill", "copy_prompt", "decode"):
+        count(name)
+    array = type(jnp.zeros(1))
+    value = array._value
+    monkeypatch.setattr(array, "_value", property(lambda x: (fetched.append(x), value.fget(x))[1]))
+    for module, name in ((np, "asarray"), (np, "array")):
+        convert = getattr(module, name)
+
+        def counted(x: Any, *args: Any, convert: Any = convert, **kwargs: Any) -> Any:
+            if isinstance(x, array):
+                fetched.append(x)
+            return convert(x, *args, **kwargs)
+
+        monkeypatch.setattr(module, name, counted)
+    requests = [
+        replace(r, options=replace(r.options, max_tokens=34, ignore_eos=True))
+        for r in mixed(6, seed=7)
+    ]
+    requests[0] = replace(requests[0], options=replace(requests[0].options, n=2, temperature=1.0))
+    with jax.transfer_guard_device_to_host("disallow"):  # all that is not explicit
+        found = list(engine.run(requests))
+    assert len(found) == 6
+    assert engine.stats.tokens_out == 7 * 34
+    assert len(fetched) == len(dispatched)
+    # A prompt each, and three times sixteen steps for those that start together.
+    assert len(dispatched) < engine.stats.tokens_out / 8
 
 
 def test_sampled_text_depends_on_the_seed_alone():

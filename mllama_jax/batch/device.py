@@ -10,20 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mllama_jax.batch.copying import copy_prompt
 from mllama_jax.batch.options import EngineOptions
+from mllama_jax.batch.pinning import pinned_programs
 from mllama_jax.batch.prepare import PreparedPicture
-from mllama_jax.batch.programs import (
-    Chunk,
-    Logprobs,
-    PromptChunk,
-    Slots,
-    decode,
-    guide,
-    prefill,
-    start,
-    write_picture,
-)
+from mllama_jax.batch.programs import Chunk, Logprobs, PromptChunk, Slots
 from mllama_jax.batch.requests import SamplingOptions
 from mllama_jax.batch.rules import RowRules, blank_rules, make_row_rules
 from mllama_jax.batch.sampling import RowHistory
@@ -67,6 +57,7 @@ class Device:
         is_eos[[token for token in end_tokens if token < self._vocab_size]] = True
         self._is_eos = place(is_eos, model.mesh)
         self._slots = empty_slots(self._model, options)
+        self._run = pinned_programs(self._slots)
         # Missing tiles of a picture then need to be computed only once.
         self._alike = missing_tiles_are_alike(vision, params["vision_model"])
         self._features: OrderedDict[bytes, Array] = OrderedDict()
@@ -163,7 +154,7 @@ class Device:
         first_tile = 0
         for picture in pictures:
             self._programs.add(("write_picture",))
-            self._slots = write_picture(
+            self._slots = self._run.write_picture(
                 self._model,
                 self._params,
                 self._slots,
@@ -212,7 +203,7 @@ class Device:
     ) -> tuple[Array, Logprobs | None]:
         sizes = (chunk.input_ids.shape[1], num_tiles, is_first, with_prompt_logprobs)
         self._programs.add(("prefill", *sizes))
-        self._slots, logits, prompt_logprobs = prefill(
+        self._slots, logits, prompt_logprobs = self._run.prefill(
             self._model,
             self._params,
             self._slots,
@@ -226,7 +217,9 @@ class Device:
     def _start(self, logits: Array, slot: int, limit: int, rules: RowRules) -> Chunk:
         self._programs.add(("start",))
         numbers = self._placed(np.int32(slot), np.int32(limit), rules)
-        self._slots, first = start(self._model, self._slots, logits, *numbers, self._is_eos)
+        self._slots, first = self._run.start(
+            self._model, self._slots, logits, *numbers, self._is_eos
+        )
         return first
 
     def _tiles(self, prepared: Any, start: int, T: int) -> np.ndarray:
@@ -251,7 +244,7 @@ class Device:
     def _copy_prompt(self, source: int, slot: int, length: int) -> None:
         self._programs.add(("copy_prompt",))
         numbers = self._placed(np.int32(source), np.int32(slot), np.int32(length))
-        self._slots = copy_prompt(self._model, self._slots, *numbers)
+        self._slots = self._run.copy_prompt(self._model, self._slots, *numbers)
 
     def decode(
         self, owners: Mapping[int, Answering], masks: Mapping[int, np.ndarray], *, one_step: bool
@@ -273,7 +266,7 @@ class Device:
 
     def _decode(self, stopped: np.ndarray, limit: int, *, with_images: bool) -> Chunk:
         self._programs.add(("decode", with_images))
-        self._slots, chunk = decode(
+        self._slots, chunk = self._run.decode(
             self._model,
             self._params,
             self._slots,
@@ -291,7 +284,7 @@ class Device:
         rows = np.zeros(num_slots, bool)
         for slot, mask in masks.items():
             words[slot], rows[slot] = mask, True
-        self._slots = guide(self._slots, *self._placed(words, rows))
+        self._slots = self._run.guide(self._slots, *self._placed(words, rows))
 
     def _placed(self, *values: Any) -> tuple[Any, ...]:
         """Small arrays of the host on all devices."""

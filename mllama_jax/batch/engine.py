@@ -304,9 +304,10 @@ class Engine:
         """Reads new tokens until so many dispatches are left."""
         while len(self._dispatched) > until:
             dispatch = self._dispatched.popleft()
-            packed = np.asarray(dispatch.chunk.packed)
             wants_logprobs = any(s.job.options.logprobs is not None for _, s in dispatch.owners)
-            logprobs = jax.device_get(dispatch.chunk.logprobs) if wants_logprobs else None
+            packed, logprobs = jax.device_get(
+                (dispatch.chunk.packed, dispatch.chunk.logprobs if wants_logprobs else None)
+            )
             for row, (slot, sequence) in enumerate(dispatch.owners):
                 if sequence.is_done:  # by a stop string, after this was dispatched
                     continue

@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 import numpy as np
 
 from mllama_jax.batch.answers import Choice, TokenLogprob
@@ -65,7 +66,7 @@ class Job:
         assert self.options.logprobs is not None
         ids = self.prepared.input_ids.tolist()
         found: list[TokenLogprob | None] = [None]
-        for logprobs, length in self.prompt_logprobs:
+        for logprobs, length in jax.device_get(self.prompt_logprobs):
             for column, token in enumerate(ids[len(found) : len(found) + length]):
                 found.append(token_logprob(token, logprobs, (0, column), self.options.logprobs))
         return tuple(found)
