@@ -253,6 +253,25 @@ def test_pictures_of_held_out_data_are_looked_for_first(config, folder, tmp_path
     assert not output.exists()
 
 
+def test_a_held_out_picture_that_can_not_be_read_costs_neither_model_nor_scores(
+    config, folder, tmp_path, capfd
+):
+    data, output = tmp_path / "data", tmp_path / "run"
+    data.mkdir()
+    for file in (*folder.glob("*.png"), folder / "train.jsonl"):
+        shutil.copy(file, data)
+    (data / "0.png").write_bytes(b"no picture")
+    held_out = str(data / "train.jsonl")
+    run = replace(config, output=str(output), steps=4, data=replace(config.data, held_out=held_out))
+    [seen, whole] = train(replace(run, evaluation=replace(run.evaluation, limit=None)))
+    assert seen.asked == whole.asked == 23
+    last = metrics(output)[-1]
+    assert (last["eval_unreadable"], last["eval_loss"] > 0) == (1, True)
+    assert (output / "model" / "model.safetensors").exists()
+    printed = capfd.readouterr().out
+    assert f"Held-out questions that could not be asked, 1:\n  {held_out}:1: image 0" in printed
+
+
 @pytest.fixture
 def command(monkeypatch, capsys):
     """Runs ``mllama-jax train`` in this process; returns what it printed."""

@@ -31,7 +31,9 @@ class Curves:
         if config.tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed + 1)
+            # Readers drop what earlier files have from the purged step on. Of the resumed step an
+            # evaluation comes again, so the step's other points have to come again, too.
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed)
         if config.wandb_project:
             import wandb
 

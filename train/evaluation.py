@@ -3,16 +3,19 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from mllama_jax.model import MllamaForConditionalGeneration
 from mllama_jax.pretrained import Params
 from mllama_jax.processing.batch_feature import BatchFeature
 from mllama_jax.processing.processor import MllamaProcessor
 from mllama_jax.train.config import DataConfig, EvaluationConfig
-from mllama_jax.train.data.pictures import readable
-from mllama_jax.train.data.records import Record
+from mllama_jax.train.data.loading import load_pictures
+from mllama_jax.train.data.records import BadRecord, Record
 
 
 @dataclass(frozen=True)
@@ -36,12 +39,19 @@ def answer_records(
     config: EvaluationConfig,
     date_string: str = DataConfig.date_string,
     is_stopped: Callable[[], bool] = lambda: False,
+    problems: list[BadRecord] | None = None,
 ) -> list[Answer]:
     """The model's greedy answers to the records' questions, in the records' order.
 
     Of more than `config.limit` records, so many are asked, evenly spread. The chat template is told
     that `date_string` is today's date. There are no answers at all if `is_stopped` says so between
     two batches.
+
+    Args:
+        problems: gets those of records whose pictures can't be read, which are not asked then.
+
+    Raises:
+        BadRecord: pictures can't be read, and there is no list for their problems.
     """
     asked = chosen(records, config.limit)
     # Equally many pictures stand together, so that few picture slots are padding.
@@ -50,10 +60,16 @@ def answer_records(
     for start in range(0, len(order), config.batch_size):
         if is_stopped():
             return []
-        batch = order[start : start + config.batch_size]
-        # The last batch is filled up with one question again, for the sake of its shape.
+        chunk = order[start : start + config.batch_size]
+        pictures = _pictures(processor, [asked[i] for i in chunk], problems)
+        batch = [i for i, found in zip(chunk, pictures, strict=True) if found is not None]
+        if not batch:
+            continue
+        images = [found for found in pictures if found is not None]
+        # Where some are left, one question is asked again, for the sake of the shape.
         filled = batch + batch[-1:] * (config.batch_size - len(batch))
-        inputs = _prompts(processor, [asked[i] for i in filled], date_string)
+        images += images[-1:] * (config.batch_size - len(batch))
+        inputs = _prompts(processor, [asked[i] for i in filled], images, date_string)
         output = model.generate(
             params, **inputs, do_sample=False, max_new_tokens=config.max_new_tokens
         )
@@ -61,7 +77,27 @@ def answer_records(
         texts = [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
         for i, text in zip(batch, texts, strict=False):
             answers[i] = Answer(asked[i], text)
-    return [answers[i] for i in range(len(asked))]
+    return [answers[i] for i in sorted(answers)]
+
+
+def _pictures(
+    processor: MllamaProcessor, records: Sequence[Record], problems: list[BadRecord] | None
+) -> list[list[Any] | None]:
+    """Each record's pictures; None where they can't be read, by any process of a job."""
+    found: list[list[Any] | None] = []
+    for record in records:
+        try:
+            found.append(load_pictures(record, bool(processor.image_processor.do_convert_rgb)))
+        except BadRecord as problem:
+            if problems is None:
+                raise
+            problems.append(problem)
+            found.append(None)
+    if problems is None or jax.process_count() == 1:
+        return found
+    is_read = np.array([pictures is not None for pictures in found])
+    everywhere = multihost_utils.process_allgather(is_read).all(0)
+    return [pictures if good else None for pictures, good in zip(found, everywhere, strict=True)]
 
 
 def chosen(records: Sequence[Record], limit: int | None) -> list[Record]:
@@ -72,7 +108,10 @@ def chosen(records: Sequence[Record], limit: int | None) -> list[Record]:
 
 
 def _prompts(
-    processor: MllamaProcessor, records: Sequence[Record], date_string: str
+    processor: MllamaProcessor,
+    records: Sequence[Record],
+    images: Sequence[Sequence[Any]],
+    date_string: str,
 ) -> BatchFeature:
     texts = [
         processor.apply_chat_template(
@@ -80,7 +119,6 @@ def _prompts(
         )
         for record in records
     ]
-    images = [[readable(picture) for picture in record.images] for record in records]
     return processor(images=images, text=texts, padding=True, return_tensors="np")
 
 
@@ -94,8 +132,8 @@ class Score:
 
     @property
     def accuracy(self) -> float:
-        """From 0 to 1."""
-        return self.right / self.asked
+        """From 0 to 1; NaN if nothing was asked."""
+        return self.right / self.asked if self.asked else float("nan")
 
 
 def scores(answers: Sequence[Answer]) -> list[Score]:

@@ -49,13 +49,15 @@ class HeldOut:
         every = self._job.config.evaluation.every
         return every > 0 and step % every == 0
 
-    def answers(self, state: TrainState, is_stopped: Callable[[], bool]) -> list[Answer]:
+    def answers(
+        self, state: TrainState, is_stopped: Callable[[], bool], problems: list[BadRecord]
+    ) -> list[Answer]:
         """As `answer_records`: none at all if told to stop in between."""
         job = self._job
         params = job.whole_params(state)
         settings = job.config.evaluation, job.config.data.date_string
         return answer_records(
-            job.model, params, job.processor, self._records.records, *settings, is_stopped
+            job.model, params, job.processor, self._records.records, *settings, is_stopped, problems
         )
 
     def _examples(self, make: ExampleMaker) -> Iterator[Example]:
@@ -77,10 +79,18 @@ class HeldOut:
             length = int(self._lengths[np.searchsorted(self._lengths, longest)])
             yield PlannedBatch(rows, length, max(example.num_images for example in batch))
 
-    def loss(self, state: TrainState) -> float:
-        """That of training, the mean over all labels that count; NaN if there are none."""
+    def loss(
+        self, state: TrainState, is_stopped: Callable[[], bool] = lambda: False
+    ) -> float | None:
+        """That of training, the mean over all labels that count; NaN if there are none.
+
+        Conversations whose pictures can't be read are left out. None if `is_stopped` says so
+        between two batches.
+        """
         job, total, count = self._job, 0.0, 0
         for planned in self._batches:
+            if is_stopped():
+                return None
             arrays = self._collate(planned).arrays
             batch = place_rows(arrays, self._rows, self._batch_size, job.model.mesh)
             found = _summed_loss(

@@ -7,6 +7,7 @@ import jax
 
 from mllama_jax.train.curves import Curves
 from mllama_jax.train.data.batches import HostBatch
+from mllama_jax.train.data.records import BadRecord, listed
 from mllama_jax.train.evaluation import Answer, scores, table
 from mllama_jax.train.job import Job
 from mllama_jax.train.metrics import MetricsFile, Numbers, Progress
@@ -97,17 +98,25 @@ class Log:
                 "optimizer.learning_rate or optimizer.max_grad_norm."
             )
 
-    def evaluation(self, step: int, answers: Sequence[Answer], loss: float) -> None:
+    def evaluation(
+        self, step: int, answers: Sequence[Answer], loss: float, problems: Sequence[BadRecord]
+    ) -> None:
         """Writes and shows how held-out questions were answered; earlier steps are flushed.
 
         Args:
             step: after which they were asked.
-            answers: to all of them.
+            answers: to all of them that could be asked.
             loss: of the held-out conversations.
+            problems: of those that could not.
         """
+        if problems:
+            said = f"Held-out questions that could not be asked, {len(problems)}:{listed(problems)}"
+            self._progress.say(said)
         found = scores(answers)
         accuracies = {f"accuracy/{score.kind}": score.accuracy for score in found}
         numbers = {"eval_loss": loss, **accuracies}
+        if problems:
+            numbers["eval_unreadable"] = len(problems)
         self._write("metrics", "held_out", step, numbers)
         self._show()
         self._progress.say(f"Held-out answers after step {step}, loss {loss:.4f}:\n{table(found)}")

@@ -8,7 +8,7 @@ from mllama_jax.train.checkpoints import Checkpoints, open_checkpoints
 from mllama_jax.train.components import rounding_warning
 from mllama_jax.train.config import TrainConfig
 from mllama_jax.train.config_file import differences, to_yaml
-from mllama_jax.train.data.records import listed
+from mllama_jax.train.data.records import BadRecord, listed
 from mllama_jax.train.data.skipped import SkippedRecords
 from mllama_jax.train.evaluation import Score, scores
 from mllama_jax.train.held_out import HeldOut
@@ -68,8 +68,8 @@ def train(config: TrainConfig) -> list[Score]:
                 job.model.config.save_pretrained(job.output)
                 save_settings(job.output, job.model, job.processor)
             state = _run_steps(job, state, batches, checkpoints, held_out, log)
+            log.say(save_results(job, state))  # before anything else that might go wrong
             results = _evaluated(held_out, state, log) if held_out else []
-            log.say(save_results(job, state))
             if jax.process_index() == 0:
                 log.say(write_summary(job.output, job.trained, to_yaml(config)))
     return results
@@ -103,7 +103,7 @@ def _run_steps(
             )
             profile.after(step, metrics)
             log.add(step, metrics, batch, bad=len(skipped))
-            is_last, is_asked = step == config.steps, stopping.asked(step)
+            is_last, is_asked = step == config.steps, stopping.asked()
             is_saved = step % config.checkpoint.every == 0 or is_last or is_asked
             if step % config.log_every == 0 or is_saved:
                 log.flush()  # before the checkpoint: a resumed run finds the numbers until then
@@ -127,10 +127,15 @@ def _evaluated(
 ) -> list[Score]:
     """Asks the held-out questions; nothing is noted if it is told to stop in between."""
     log.flush()
-    answers = held_out.answers(state, lambda: stopping is not None and stopping.by is not None)
-    if not answers:
+    is_stopped = (lambda: False) if stopping is None else stopping.asked
+    problems: list[BadRecord] = []
+    answers = held_out.answers(state, is_stopped, problems)
+    if stopping and stopping.by:
         return []
-    log.evaluation(int(state.step), answers, held_out.loss(state))
+    loss = held_out.loss(state, is_stopped)
+    if loss is None:
+        return []
+    log.evaluation(int(state.step), answers, loss, problems)
     return scores(answers)
 
 

@@ -29,19 +29,25 @@ class Stopped(Exception):
 class Stopping:
     """Listens to SIGTERM and SIGINT; use as a context manager around the steps.
 
-    In a job of several processes JAX listens to SIGTERM, and sees to it that all of them stop after
-    the same step, whichever was told to; SIGINT ends a process at once there. A second SIGINT does
+    In a job of several processes JAX listens to SIGTERM, and sees to it that all of them stop at
+    the same place, whichever was told to; SIGINT ends a process at once there. A second SIGINT does
     so everywhere.
     """
 
     def __init__(self) -> None:
         self.by: signal.Signals | None = None
+        self._calls = 0
         self._is_shared = jax.process_count() > 1
         self._before: dict[signal.Signals, Any] = {}
 
-    def asked(self, step: int) -> bool:
-        """Whether to stop now; to be called after every step, by all processes."""
-        if self._is_shared and multihost_utils.reached_preemption_sync_point(step):
+    def asked(self) -> bool:
+        """Whether to stop now; to be called by all processes, equally often.
+
+        That is after every step, and between the batches of an evaluation.
+        """
+        self._calls += 1
+        # JAX settles on a number of calls that no process has reached yet.
+        if self._is_shared and multihost_utils.reached_preemption_sync_point(self._calls):
             self.by = signal.SIGTERM
         return self.by is not None
 

@@ -8,12 +8,11 @@ import grain
 import numpy as np
 
 from mllama_jax.loss import IGNORED_LABEL
-from mllama_jax.processing.image_loading import load_picture
 from mllama_jax.processing.processor import MllamaProcessor
 from mllama_jax.processing.prompt_images import cross_attention_mask, image_spans
 from mllama_jax.train.data.examples import Example, ExampleMaker
+from mllama_jax.train.data.loading import load_pictures
 from mllama_jax.train.data.packing import Row
-from mllama_jax.train.data.pictures import readable
 from mllama_jax.train.data.plan import BatchPlan, PlannedBatch
 from mllama_jax.train.data.records import BadRecord, Record
 from mllama_jax.train.data.settings import DataConfig
@@ -157,20 +156,7 @@ class Collator:
         """
         to_tiles = self._processor.image_processor
         record = self._records.record(example.record)
-        pictures, wrong = [], []
-        for index, picture in enumerate(record.images):
-            try:
-                loaded = load_picture(
-                    readable(picture),
-                    where=f"image {index}",
-                    convert_rgb=to_tiles.do_convert_rgb,
-                )
-            except (ValueError, TypeError, OSError) as error:
-                wrong.append(str(error))
-            else:
-                pictures.append(loaded.image)
-        if wrong:
-            raise BadRecord(record.where, "; ".join(wrong))
+        pictures = load_pictures(record, bool(to_tiles.do_convert_rgb))
         try:
             return to_tiles([pictures], return_tensors="np")
         except ValueError as error:
