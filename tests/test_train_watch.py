@@ -90,9 +90,14 @@ def test_tensorboard_reads_each_point_once(run):
     read = events.Scalars("train/loss")
     assert [point.step for point in read] == list(range(1, STEPS + 1))
     assert [point.value for point in read] == pytest.approx(list(written.values()))
-    losses = [line["eval_loss"] for line in metrics(run) if "eval_loss" in line]
-    assert events.Scalars("held_out/eval_loss")[-1].value == pytest.approx(losses[-1])
     assert events.Scalars("speed/tokens_per_second")[-1].value > 0
+    of_evaluations = str(run / "tensorboard" / "held_out")
+    events = EventAccumulator(of_evaluations, size_guidance={"scalars": 0, "images": 0})
+    events.Reload()
+    losses = {line["step"]: line["eval_loss"] for line in metrics(run) if "eval_loss" in line}
+    read = events.Scalars("held_out/eval_loss")
+    assert [point.step for point in read] == [HALF, STEPS]  # of the first, which was done twice
+    assert [point.value for point in read] == pytest.approx(list(losses.values()))
     [*_, shown] = events.Images("samples/2/picture_1")
     assert (shown.height, shown.step) == (12, STEPS)
 
@@ -226,6 +231,10 @@ def test_padding_is_not_counted(config):
 def test_what_is_asked_for_must_be_there_and_make_sense(config):
     with pytest.raises(ValueError, match="pip install wandb"):
         train(replace(config, logging=LoggingConfig(wandb_project="mine")))
+    data = replace(config.data, held_out=None)
+    for key in ("evaluation.every=5", "logging.samples=3"):
+        with pytest.raises(ConfigError, match=f"{key}: .* give data.held_out"):
+            replace(config, data=data)
     with pytest.raises(ConfigError, match=r"profile_steps=\[3, 2\]"):
         replace(config, logging=LoggingConfig(profile_steps=(3, 2)))
 

@@ -123,6 +123,10 @@ def _range_problems(config: TrainConfig) -> Iterator[str]:
         )
     yield from data_problems(config.data)
     yield from logging_problems(config.logging)
+    if not config.data.held_out:
+        for key in ("evaluation.every", "logging.samples"):
+            if values[key] > 0:
+                yield f"{key}={values[key]!r}: needs questions to ask; give data.held_out"
     lengths = values["data.lengths"]
     if not lengths or list(lengths) != sorted(set(lengths)) or lengths[0] < 1:
         yield f"data.lengths={lengths!r}: expected rising positive lengths, such as [64, 128]"

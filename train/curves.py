@@ -10,11 +10,12 @@ from etils import epath
 
 from mllama_jax.processing.image_loading import load_image
 from mllama_jax.train.data.pictures import readable
-from mllama_jax.train.data.records import message_text
+from mllama_jax.train.data.records import question_text
 from mllama_jax.train.evaluation import Answer
 from mllama_jax.train.log_settings import LoggingConfig
 
 _ID_FILE = "wandb_id"
+_HELD_OUT = "held_out"
 
 
 class Curves:
@@ -26,14 +27,18 @@ class Curves:
 
     def __init__(self, folder: epath.Path, config: LoggingConfig, resumed: int, settings: Any):
         """Args: of the run; what was asked for; the step that it goes on from; its settings."""
-        self._board: Any = None
+        self._boards: list[Any] = []
         self._wandb: Any = None
         if config.tensorboard:
             from tensorboardX import SummaryWriter
 
-            # Readers drop what earlier files have from the purged step on. Of the resumed step an
-            # evaluation comes again, so the step's other points have to come again, too.
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed)
+            # Of the step that a run goes on from, evaluations come again and other numbers don't;
+            # readers drop what is in a folder from a step on.
+            board = str(folder / "tensorboard")
+            self._boards = [
+                SummaryWriter(board, purge_step=resumed + 1),
+                SummaryWriter(f"{board}/{_HELD_OUT}", purge_step=resumed),
+            ]
         if config.wandb_project:
             import wandb
 
@@ -51,35 +56,37 @@ class Curves:
     def add(self, group: str, step: int, numbers: Mapping[str, float | int]) -> None:
         """Points of the curves ``group/name``."""
         points = {f"{group}/{name}": value for name, value in numbers.items()}
-        if self._board is not None:
+        if self._boards:
+            board = self._boards[group == _HELD_OUT]
             for name, value in points.items():
-                self._board.add_scalar(name, value, step)
+                board.add_scalar(name, value, step)
         if self._wandb is not None:
             finite = {name: value for name, value in points.items() if math.isfinite(value)}
             self._wandb.log(finite, step=step)
 
     def samples(self, step: int, answers: Sequence[Answer]) -> None:
         """Questions with their pictures, and what the model said."""
-        if self._board is None:
+        if not self._boards:
             return
+        board = self._boards[1]
         for number, answer in enumerate(answers, start=1):
             name = f"samples/{number}"
-            self._board.add_text(name, _as_markdown(answer), step)
+            board.add_text(name, _as_markdown(answer), step)
             for place, picture in enumerate(answer.record.images, start=1):
                 pixels = load_image(readable(picture)).convert("RGB")
-                self._board.add_image(
+                board.add_image(
                     f"{name}/picture_{place}", np.asarray(pixels), step, dataformats="HWC"
                 )
 
     def flush(self) -> None:
         """Lets readers see what was added."""
-        if self._board is not None:
-            self._board.flush()
+        for board in self._boards:
+            board.flush()
 
     def close(self) -> None:
         """Ends writing."""
-        if self._board is not None:
-            self._board.close()
+        for board in self._boards:
+            board.close()
         if self._wandb is not None:
             self._wandb.finish()
 
@@ -87,7 +94,7 @@ class Curves:
 def _as_markdown(answer: Answer) -> str:
     """Everything indented, so that it stands as it is."""
     parts = {
-        "question": "\n".join(map(message_text, answer.record.question)),
+        "question": question_text(answer.record),
         "answer": answer.text,
         "expected": answer.record.answer,
     }

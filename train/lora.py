@@ -16,10 +16,8 @@ from jax.sharding import NamedSharding
 
 from mllama_jax.pretrained import Params, PretrainedModule
 from mllama_jax.sharding import param_axes, partition_spec
-from mllama_jax.train.components import component_of, joined
+from mllama_jax.train.components import Path, component_of, joined
 from mllama_jax.train.settings import LoraConfig, Recipe
-
-Path = tuple[str, ...]
 
 _CONTRACTED = {"o_proj": 2, "patch_embedding": 3}
 """Input axes of a kernel, where there is more than one."""

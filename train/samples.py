@@ -6,19 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from etils import epath
-from PIL import Image
 
 from mllama_jax.batch.pictures import PictureSources
 from mllama_jax.batch.report_items import FOLDED_ANSWER, Item, Thumbnails
 from mllama_jax.batch.report_page import FOOT, page_head, safe
-from mllama_jax.processing.image_loading import load_image
 from mllama_jax.train.data.pictures import Picture, readable
-from mllama_jax.train.data.records import Record, message_text
+from mllama_jax.train.data.records import Record
 from mllama_jax.train.evaluation import Answer
 from mllama_jax.train.metrics import Numbers, replace_text
-
-_SIDE = 320
-"""Longest, of a picture on a dashboard, in pixels."""
 
 
 def write_samples(
@@ -88,18 +83,3 @@ def _source(picture: Picture) -> Any:
     """As something that is read whatever folder it is in: the data is the run's own."""
     found = readable(picture)
     return Path(found) if isinstance(found, str) and ":" not in found[:8] else found
-
-
-def question_text(record: Record) -> str:
-    """All that was said before the answer, without pictures."""
-    return "\n".join(message_text(message) for message in record.question)
-
-
-def small_pictures(record: Record) -> list[Image.Image]:
-    """The record's pictures, made small."""
-    found = []
-    for picture in record.images:
-        image = load_image(readable(picture))
-        image.thumbnail((_SIDE, _SIDE))
-        found.append(image)
-    return found

@@ -62,6 +62,11 @@ def message_text(message: Mapping[str, Any]) -> str:
     return "".join(part["text"] for part in content if part["type"] == "text")
 
 
+def question_text(record: Record) -> str:
+    """All that was said before the answer, without pictures."""
+    return "\n".join(map(message_text, record.question))
+
+
 def listed(problems: Sequence[object]) -> str:
     """The first problems, one a line, and how many more there are."""
     lines = [f"\n  {problem}" for problem in problems[:_PROBLEMS_SHOWN]]
