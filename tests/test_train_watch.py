@@ -4,6 +4,8 @@ import json
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,13 +28,14 @@ from mllama_jax.train.config import (
     TrainConfig,
     TrainedConfig,
 )
+from mllama_jax.train.data.batches import HostBatch
 from mllama_jax.train.flops import Counts, counts, step_flops
 from mllama_jax.train.held_out import HeldOut
 from mllama_jax.train.job import open_job
 from mllama_jax.train.log_settings import LoggingConfig
 from mllama_jax.train.loop import train
 from mllama_jax.train.settings import LoraConfig, Recipe
-from mllama_jax.train.speed import memory, peak_flops
+from mllama_jax.train.speed import Speed, memory, peak_flops
 from mllama_jax.train.step import train_step
 
 HALF, STEPS, RECORDS = 5, 10, 24
@@ -226,6 +229,39 @@ def test_padding_is_not_counted(config):
     assert counts(arrays, job.model.config) == Counts(
         tokens=5, pairs=3 + 1 + 3, seeing=2, images=1, image_tokens=3 * patches, seen=6 * patches
     )
+
+
+class Busy:
+    """Stands for a number that the device is busy with until it is told otherwise."""
+
+    def __init__(self, seconds: float):
+        self._end = time.monotonic() + seconds
+
+    def block_until_ready(self) -> None:
+        time.sleep(max(0.0, self._end - time.monotonic()))
+
+
+@pytest.mark.parametrize(
+    ("busy", "lower", "upper"), [(0.0, 0.19, 0.4), (0.1, 0.05, 0.15), (2, 0, 0)]
+)
+def test_waiting_is_what_the_device_has_nothing_to_do_for(config, busy, lower, upper):
+    """A batch that comes 0.2 seconds after it was asked for, and a step before it."""
+    job, _ = open_job(config)
+    batch = next(job.batches())
+
+    def batches() -> Iterator[HostBatch]:
+        yield batch
+        time.sleep(0.2)
+        yield batch
+
+    with Speed(job) as speed:
+        timed = speed.timed(batches())
+        next(timed)
+        speed.measured()
+        speed.dispatched(Busy(busy))
+        next(timed)
+        found = speed.measured()
+    assert fewest <= found["wait_seconds"] <= max(0.0, found["seconds"] - busy + 0.02)
 
 
 def test_what_is_asked_for_must_be_there_and_make_sense(config):

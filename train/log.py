@@ -63,6 +63,7 @@ class Log:
         if self._job.config.data.packing:
             counts |= {"conversations": batch.num_examples, "filled": batch.filled}
         self._waiting.append((step, metrics, counts))
+        self._speed.dispatched(metrics["loss"])
 
     def flush(self) -> None:
         """Writes every waiting step and shows the last.

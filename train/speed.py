@@ -4,10 +4,12 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 
 from mllama_jax.plan.hardware import CHIPS, GIB
+from mllama_jax.shapes import Array
 from mllama_jax.train.data.batches import HostBatch
 from mllama_jax.train.flops import counts, step_flops
 from mllama_jax.train.job import Job
@@ -33,7 +35,9 @@ class Speed:
     """Adds up the work of some steps and the time that it took.
 
     The clock runs from the moment that the first of them waits for its batch, so saving and
-    evaluating between two intervals does not count. Use as a context manager around all steps.
+    evaluating between two intervals does not count. Waiting is what the device has nothing to do
+    for: from the moment that it has done the step before, and the next batch was asked for, until
+    that batch is there. Use as a context manager around all steps.
     """
 
     def __init__(self, job: Job):
@@ -45,6 +49,9 @@ class Speed:
         device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
         self._num_devices = 1 if mesh is None else mesh.size
         self._peak = peak_flops(device.device_kind)
+        # One thread, which sleeps until the device has done a step: the run itself waits for none.
+        self._watcher = ThreadPoolExecutor(max_workers=1)
+        self._done: Future[float] | None = None
         self._clear()
 
     def _clear(self) -> None:
@@ -60,12 +67,24 @@ class Speed:
             batch = next(batches, None)
             if batch is None:
                 return
-            self._waited += time.monotonic() - asked
+            self._waited += self._starved(asked, time.monotonic())
             self._steps += 1
             self._tokens += batch.num_tokens
             self._images += batch.num_images
             self._flops += self._share * self._formula.of(counts(batch.arrays, self._config))
             yield batch
+
+    def dispatched(self, result: Array) -> None:
+        """Is told of a step that the device is to do, by a number that it makes."""
+        self._done = self._watcher.submit(_when_done, result)
+
+    def _starved(self, asked: float, came: float) -> float:
+        """Seconds between the two times in which the device had nothing to do."""
+        if self._done is None:
+            return came - asked
+        if not self._done.done():
+            return 0.0
+        return max(0.0, came - max(asked, self._done.result()))
 
     def measured(self) -> Numbers:
         """Of the steps since the last call, which the device has done."""
@@ -98,6 +117,12 @@ class Speed:
 
     def __exit__(self, *error: object) -> None:
         jax.monitoring.unregister_event_duration_listener(self._listen)
+        self._watcher.shutdown(wait=False)
+
+
+def _when_done(result: Array) -> float:
+    result.block_until_ready()
+    return time.monotonic()
 
 
 def peak_flops(device_kind: str) -> float | None:
