@@ -87,6 +87,15 @@ def test_killed_at_any_moment_and_carried_on(tmp_path: Path):
     assert lines(tmp_path / "killed.jsonl") == expected
 
 
+def test_killed_while_results_are_rewritten(tmp_path: Path):
+    """Errors dropped to be asked again, and shards merged: the old file or the new one is left."""
+    [run] = results([start("rewriting_processes.py", 1, tmp_path)])
+    assert run.found.keys() == {"errors", "merging", "merging again"}
+    for work, found in run.found.items():
+        assert found["wrong"] == [], work
+        assert found["places"] > 50, work
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("batch")
