@@ -12,8 +12,8 @@ from jax.experimental import multihost_utils
 
 from mllama_jax.convert.table import LAYOUTS, Tensor, tensors
 from mllama_jax.model import MllamaForConditionalGeneration
-from mllama_jax.pretrained import Params
-from mllama_jax.train.components import is_adapter
+from mllama_jax.pretrained import Params, PretrainedModule
+from mllama_jax.train.components import component_of, is_adapter
 from mllama_jax.train.lora import merged
 from mllama_jax.train.metrics import replace_text
 from mllama_jax.train.settings import LoraConfig, ModelConfig
@@ -25,6 +25,14 @@ _LAYOUT = LAYOUTS["transformers 4.52 and later, in memory"]
 def only_adapters(trained: Params) -> bool:
     """Whether adapters are all that is trained, so that they alone are the run's result."""
     return all(map(is_adapter, flax.traverse_util.flatten_dict(trained)))
+
+
+def trained_beside_adapters(model: PretrainedModule, trained: Params) -> list[str]:
+    """Components that are trained as a whole in a run with adapters; none in a run without."""
+    paths = [*flax.traverse_util.flatten_dict(trained)]
+    if not any(map(is_adapter, paths)):
+        return []
+    return sorted({component_of(model, path) for path in paths if not is_adapter(path)})
 
 
 def save_adapters(

@@ -14,7 +14,12 @@ from mllama_jax.generation.config import GenerationConfig
 from mllama_jax.model import MllamaForConditionalGeneration
 from mllama_jax.pretrained import Params
 from mllama_jax.processing.processor import MllamaProcessor
-from mllama_jax.train.adapters_export import finished, only_adapters, save_adapters
+from mllama_jax.train.adapters_export import (
+    finished,
+    only_adapters,
+    save_adapters,
+    trained_beside_adapters,
+)
 from mllama_jax.train.job import Job
 from mllama_jax.train.step import TrainState
 
@@ -30,6 +35,11 @@ def save_results(job: Job, state: TrainState) -> str:
             output / "adapter", model, state.params, config.recipe.lora, config.model.path
         )
         said.append(f"The adapters are in {output / 'adapter'}, as PEFT loads them.")
+    elif beside := trained_beside_adapters(model, state.params):
+        said.append(
+            f"There is no adapter folder: what was trained as a whole ({', '.join(beside)}) has no "
+            "place in it."
+        )
     if jax.process_count() > 1:
         said.append(_without_model(output, is_whole=not job.frozen))
     else:
