@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mllama_jax.plan import Job, Plan, plan
+from mllama_jax.plan.hardware import CHIPS
 from mllama_jax.plan.record import GIB
 from mllama_jax.plan.topology import prepare_environment
 
@@ -27,6 +28,7 @@ SLICES = {
     "v5e": {4: "2x2", 8: "2x4", 16: "4x4", 64: "8x8", 256: "16x16"},
     "v6e": {4: "2x2", 8: "2x4", 16: "4x4", 64: "8x8", 256: "16x16"},
     "v5p": {8: "2x2x2", 16: "2x2x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8"},
+    "h100": {8: "8"},
 }
 
 
@@ -94,7 +96,7 @@ def table(known: dict[str, tuple[str, Plan]]) -> str:
             names = [f"{model} {task} {generation}:{shape}" for model, task in JOBS]
             rows.append([f"{chips} ({shape})", *(cell(known, name) for name in names)])
         lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-        parts.append(f"### TPU {generation}\n\n{lines}")
+        parts.append(f"### {CHIPS[generation].title}\n\n{lines}")
     dates = sorted({date for date, _ in known.values()})
     versions = sorted({json.dumps(dict(found.versions)) for _, found in known.values()})
     made = [", ".join(f"{k} {v}" for k, v in json.loads(text).items()) for text in versions]
@@ -114,7 +116,7 @@ def cell(known: dict[str, tuple[str, Plan]], name: str) -> str:
     assert bound is not None
     speed = f"≥ {1e3 * bound.seconds:.1f} ms"
     if found.job.trains:
-        speed += f", MFU ≤ {bound.mfu:.0%}"
+        speed += "" if bound.mfu is None else f", MFU ≤ {bound.mfu:.0%}"
     else:
         speed += f" a token, {found.job.batch} rows"
     return f"{needed:.1f} of {usable:.1f} GiB; {speed}; {found.job.mesh}"

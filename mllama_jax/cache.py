@@ -178,15 +178,21 @@ class MllamaCache:
 
 def _write(stack: Array, new: Array, start: Array, mesh: Mesh | None) -> Array:
     new = new.astype(stack.dtype)
-    if start.ndim == 0:
-        return _laid_out(jax.lax.dynamic_update_slice(stack, new, (0, 0, 0, start, 0)))
+    write = _write_rows if start.ndim else _write_all
     if mesh is None:
-        return _write_rows(stack, new, start)
+        return write(stack, new, start)
+    # On each device for itself: what is laid out is else gathered on all of them first.
     batch, heads = partition_spec(("batch", "kv_heads"), stack.shape[1:3], mesh)
     split = PartitionSpec(None, batch, heads)
-    return jax.shard_map(
-        _write_rows, mesh=mesh, in_specs=(split, split, PartitionSpec(batch)), out_specs=split
-    )(stack, new, start)
+    starts = PartitionSpec(batch) if start.ndim else PartitionSpec()
+    return jax.shard_map(write, mesh=mesh, in_specs=(split, split, starts), out_specs=split)(
+        stack, new, start
+    )
+
+
+def _write_all(stack: Array, new: Array, start: Array) -> Array:
+    """All samples at the same slots."""
+    return _laid_out(jax.lax.dynamic_update_slice(stack, new, (0, 0, 0, start, 0)))
 
 
 def _write_rows(stack: Array, new: Array, start: Array) -> Array:

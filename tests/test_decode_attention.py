@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from processes import cpu_devices
 from tiny_model import CONFIG, make_inputs, random_params
 
 import mllama_jax as mj
 from mllama_jax.attention import attend_with_weights, decode, decode_kernel, decode_rows
 from mllama_jax.attention.decode import attend_decode
+from mllama_jax.cache import MllamaCache
 from mllama_jax.masks import CausalMask
 from mllama_jax.sharding import parse_mesh
 
@@ -146,7 +148,28 @@ def test_on_meshes():
     subprocess.run([sys.executable, Path(__file__)], env=environment, check=True, timeout=120)
 
 
+def assert_written_in_place(written: str) -> None:
+    """Each device writes its own part of the cache; nothing is gathered for it."""
+    mesh = parse_mesh(written)
+    split = NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp"), "tensor"))
+    keys, new = (
+        jax.device_put(np.random.default_rng(0).normal(size=(LAYERS, 4, 2, S, H)), split)
+        for S in (40, 1)
+    )
+    length = jnp.zeros((), jnp.int32)
+    cache = MllamaCache(keys, keys, None, None, length)
+    for start in (jnp.int32(7), jnp.arange(4)):
+        append = jax.jit(lambda cache, start: cache.append(start, new, new, mesh))
+        assert "all-gather" not in append.lower(cache, start).compile().as_text()
+        found = np.array(append(cache, start).keys)
+        expected = np.array(keys)
+        for sample, slot in enumerate(np.broadcast_to(start, 4)):
+            expected[:, sample, :, slot] = np.asarray(new)[:, sample, :, 0]
+        np.testing.assert_array_equal(found, expected)
+
+
 if __name__ == "__main__":
+    assert_written_in_place("data=2,fsdp=2,tensor=2")
     for written in ("data=2,fsdp=2,tensor=2", "tensor=8", "data=8"):
         arguments = case(1, 4, 8, 2, 40)
         for with_new in (True, False):

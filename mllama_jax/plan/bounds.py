@@ -44,7 +44,8 @@ def time_bound(
     """The bound on a step, or on one run of a decoding loop (`ProgramCost.in_open_loop`).
 
     Args:
-        cost: of the program.
+        cost: of the program. If the compiler estimates no cycles, as that of GPUs, the operations
+            of the formula count instead, as if all ran at the peak.
         mesh: of the topology's devices, that the program was compiled for.
         model_flops: of the step by the model's formula, on all devices together.
         bytes_read: by each device at least once in the step, such as parameters and cache.
@@ -53,6 +54,8 @@ def time_bound(
     chip = topology.chip
     at_peak = model_flops / topology.num_devices / chip.peak_flops
     terms = [Term("parameters and cache", MEMORY, bytes_read / chip.memory_bandwidth, "estimate")]
+    if not cost.cycles:
+        terms.append(Term("the model's operations, at the peak", COMPUTE, at_peak, "formula"))
     terms += _summed(_computing(cost, chip))
     terms += _summed(_kernels(cost, chip, cost_of_kernel))
     terms += _summed(_exchanges(cost, topology, mesh))
@@ -62,7 +65,7 @@ def time_bound(
         seconds=max(seconds, at_peak),
         terms=tuple(sorted(terms, key=lambda term: -term.seconds)),
         binds=_binding(resources),
-        mfu=at_peak / max(seconds, at_peak),
+        mfu=at_peak / max(seconds, at_peak) if cost.cycles else None,
     )
 
 

@@ -208,6 +208,8 @@ def network_seconds(collective: Collective, topology: Topology, mesh: Mesh) -> f
     chip = topology.chip
     if collective.slices > 1:
         return collective.bytes_sent / chip.dcn_bandwidth
+    if chip.is_gpu:
+        return collective.bytes_sent / chip.link_bandwidth
     chips = _coordinates(mesh, collective.group)
     if collective.operation == "collective-permute":
         return collective.bytes * _hops_a_link(topology, chips) / chip.link_bandwidth

@@ -1,5 +1,6 @@
 """Compiles a program for devices that are not there, and keeps what the compiler writes of it."""
 
+import re
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,7 +9,8 @@ import jax
 
 from mllama_jax.plan.hlo_text import Module, parse_module
 
-_SCHEDULE = "*.after_codegen.txt"
+_SCHEDULE = re.compile(r".*\.(after_codegen|sm_\w+\.\w+_gpu_after_optimizations)\.txt")
+"""Names of the files that the compilers of TPUs and of NVIDIA GPUs write it to."""
 
 
 class CompiledProgram(NamedTuple):
@@ -34,6 +36,6 @@ def compile_program(lowered: jax.stages.Lowered) -> CompiledProgram:
     with tempfile.TemporaryDirectory(prefix="mllama_jax_plan_") as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         compiled = lowered.compile(compiler_options=options)
-        (file,) = Path(folder).glob(_SCHEDULE)
+        (file,) = (file for file in Path(folder).iterdir() if _SCHEDULE.fullmatch(file.name))
         schedule = parse_module(file.read_text(errors="replace"))
     return CompiledProgram(compiled.memory_analysis(), schedule)

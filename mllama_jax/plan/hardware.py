@@ -50,6 +50,10 @@ class Chip:
     vector_units: int = 4
 
     @property
+    def is_gpu(self) -> bool:
+        return self.torus_dims == 0
+
+    @property
     def exponentials(self) -> float:
         """A second, at most: one for each lane and cycle."""
         return self.clock * self.vector_lanes
@@ -155,8 +159,9 @@ CHIPS: Mapping[str, Chip] = {
             devices_per_chip=1,
             devices_per_host=8,
             peak_flops=989e12,
-            memory_bytes=80e9,
-            usable_bytes=int(80e9),
+            memory_bytes=84942979072,
+            # What JAX takes of it with XLA_PYTHON_CLIENT_MEM_FRACTION=0.92; 0.75 is its default.
+            usable_bytes=int(0.92 * 84942979072),
             memory_bandwidth=3350e9,
             torus_dims=0,
             link_bandwidth=450e9,

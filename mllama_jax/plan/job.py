@@ -125,7 +125,7 @@ def resolved(job: Job, config: MllamaConfig, topology: Topology) -> tuple[Job, M
         topology=topology.name,
         remat=job.remat or ("full" if job.trains else "none"),
         param_dtype=job.param_dtype or ("float32" if job.task == "train" else "bfloat16"),
-        attention=job.attention or "splash",
+        attention=job.attention or ("cudnn" if topology.chip.is_gpu else "splash"),
         length=_length(job),
     )
     mesh = topology.mesh(job.mesh or _default_mesh(job, config, topology))

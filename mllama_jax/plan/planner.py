@@ -148,6 +148,11 @@ def _bound(
         cost = cost.in_open_loop()
     elif cost.has_open_loops:
         notes.append("the bound counts a loop once whose length could not be read")
+    if not cost.cycles:
+        notes.append(
+            "this compiler estimates no cycles: the bound is that of the model's operations at the "
+            "peak, of memory and of the network"
+        )
     if cost.unestimated:
         parts = ", ".join(dict.fromkeys(item.part for item in cost.unestimated))
         runs = sum(item.runs for item in cost.unestimated)

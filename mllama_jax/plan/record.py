@@ -100,13 +100,14 @@ class Bound:
         seconds: of a step; for decoding, of one token of every row.
         terms: by part and resource.
         binds: the resource that makes the bound.
-        mfu: an upper bound on the model-FLOPs utilisation, 0 to 1.
+        mfu: an upper bound on the model-FLOPs utilisation, 0 to 1; None where the compiler
+            estimates no cycles, so that nothing bounds it.
     """
 
     seconds: float
     terms: tuple[Term, ...]
     binds: str
-    mfu: float
+    mfu: float | None
 
 
 @dataclass(frozen=True)

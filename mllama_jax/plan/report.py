@@ -94,7 +94,8 @@ def comparison(plans: Sequence[Plan]) -> str:
         "step takes at least, ms", *("-" if b is None else f"{1e3 * b.seconds:.2f}" for b in bounds)
     )
     add("binding", *("-" if b is None else b.binds for b in bounds))
-    add("MFU at most", *("-" if b is None else f"{b.mfu:.0%}" for b in bounds))
+    mfus = [None if b is None else b.mfu for b in bounds]
+    add("MFU at most", *("-" if mfu is None else f"{mfu:.0%}" for mfu in mfus))
     for unit in units:
         values = [{r.unit: r.value for r in plan.rates}.get(unit) for plan in plans]
         add(f"{unit} {_limit(unit)}", *("-" if v is None else _number(v) for v in values))
@@ -169,7 +170,8 @@ def _time(plan: Plan) -> str:
     rows = [(t.part, t.resource, _ms(t.seconds), _WORDS[t.source]) for t in terms]
     rows.append(("at least", f"{bound.binds} binds", _ms(bound.seconds), ""))
     rates = [f"{_limit(rate.unit)} {_number(rate.value)} {rate.unit}" for rate in plan.rates]
-    told = "; ".join([f"MFU at most {bound.mfu:.1%}", *rates])
+    mfu = "MFU not known" if bound.mfu is None else f"MFU at most {bound.mfu:.1%}"
+    told = "; ".join([mfu, *rates])
     apart = without_overlap(bound.terms)
     if apart > bound.seconds:
         told += f"\n  if no exchange between chips were hidden: at least {_ms(apart)} ms"

@@ -18,7 +18,7 @@ from mllama_jax.configs import MllamaConfig
 from mllama_jax.plan.job import Job
 from mllama_jax.plan.record import Plan
 
-_LIBRARIES = ("jax", "jaxlib", "libtpu", "flax", "optax")
+_LIBRARIES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "flax", "optax")
 
 
 def default_folder() -> Path:

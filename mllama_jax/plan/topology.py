@@ -12,6 +12,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from mllama_jax.plan.gpu import gpu_devices
 from mllama_jax.plan.hardware import CHIPS, Chip
 from mllama_jax.sharding import parse_mesh
 
@@ -21,13 +22,14 @@ _CUBES = (
     *("8x8x16", "8x16x16", "16x16x16"),
 )
 SHAPES: Mapping[str, tuple[str, ...]] = {
+    "h100": ("1", "2", "4", "8"),
     "v4": _CUBES,
     "v5e": _FLAT,
     "v5p": _CUBES,
     "v6e": _FLAT,
     "tpu7x": _CUBES,
 }
-"""Shapes of slices that can be rented, by chip; the compiler takes them all."""
+"""Slices that can be rented, by chip, and numbers of GPUs; the compilers take them all."""
 
 MAX_SLICES = 64
 
@@ -75,8 +77,10 @@ class Topology:
         """What the compiler compiles for; they can't run anything.
 
         Raises:
-            ImportError: the TPU compiler is not installed.
+            ImportError: the chip's compiler is not installed.
         """
+        if self.chip.is_gpu:
+            return gpu_devices(self.num_devices)
         if importlib.util.find_spec("libtpu") is None:
             raise ImportError(
                 "planning for TPUs needs their compiler: pip install 'mllama-jax[plan]'"
@@ -116,12 +120,6 @@ def parse_topology(name: str) -> Topology:
             f"two slices; expected one of\n{known_topologies()}"
         )
     kind, written, slices = match[1], match[2], int(match[3] or 1)
-    if kind == "h100":
-        raise ValueError(
-            f"topology {name!r}: programs for GPUs can't be compiled here: that takes jax[cuda12] "
-            "and a description of the GPU for its compiler, which the planner does not have; "
-            f"expected one of\n{known_topologies()}"
-        )
     if kind not in SHAPES:
         raise ValueError(f"topology {name!r}: unknown chip; expected one of\n{known_topologies()}")
     dims = tuple(int(size) for size in written.split("x"))
@@ -133,6 +131,8 @@ def parse_topology(name: str) -> Topology:
             f"{', '.join(f'{kind}:{shape}' for shape in SHAPES[kind])}, or several of them, as in "
             f"{kind}:{SHAPES[kind][-1]}*2"
         )
+    if CHIPS[kind].is_gpu and slices > 1:
+        raise ValueError(f"topology {name!r}: expected the GPUs of one host, such as h100:8")
     if not 1 <= slices <= MAX_SLICES:
         raise ValueError(f"topology {name!r}: expected 1 to {MAX_SLICES} slices")
     short = f"{kind}:{shape}" + (f"*{slices}" if slices > 1 else "")
