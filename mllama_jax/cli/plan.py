@@ -70,7 +70,7 @@ def plan(
         task: "train" is full fine-tuning with AdamW, "lora" trains adapters of the decoder,
             "prefill" reads prompts, "decode" adds a token to each row, "vision" encodes pictures.
         topology: generation and shape of the slice: v5e:4x4 has 16 chips of TPU v5e; v5e:4x4*2 is
-            two such slices. An unknown one is answered with a list.
+            two such slices; h100:8 is a host of GPUs. An unknown one is answered with a list.
         compare: several topologies, side by side, in place of --topology.
         mesh: how the chips are divided, such as data=2,fsdp=8 or tensor=8; -1 stands for all that
             are left. By default fsdp over all chips of a slice for training; for prefill and decode
@@ -83,7 +83,8 @@ def plan(
             By default full.
         dtype: of the computation.
         param_dtype: of the parameters; by default float32 for train and bfloat16 otherwise.
-        attention: how attention is computed; by default splash, the fused kernels for TPUs.
+        attention: how attention is computed; by default the fused kernels: splash on TPUs, cudnn on
+            GPUs.
         images_at_once: pictures that a chip encodes at a time in training; all of its own by
             default.
         rank: of LoRA's adapters.
