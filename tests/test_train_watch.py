@@ -277,5 +277,7 @@ def test_what_is_asked_for_must_be_there_and_make_sense(config):
 
 def test_peaks_and_memory():
     assert peak_flops("TPU v5 lite") == 197e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_flops("NVIDIA H200") == peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("cpu") is None
     assert memory()["host_peak_gib"] > 0.05

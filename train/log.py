@@ -144,6 +144,8 @@ class Log:
     def __enter__(self) -> "Log":
         self._progress.__enter__()
         self._speed.__enter__()
+        if about := self._speed.about_peak():
+            self.say(about)
         return self
 
     def __exit__(self, *error: object) -> None:

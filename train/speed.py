@@ -24,7 +24,13 @@ _CHIPS = {
     "TPU v6 lite": "v6e",
     "TPU v6e": "v6e",
     "TPU7x": "tpu7x",
+    "NVIDIA A100-SXM4-40GB": "a100",
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA A100-PCIE-40GB": "a100",
+    "NVIDIA A100 80GB PCIe": "a100",
     "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
 }
 """What JAX calls the devices whose peak is known."""
 
@@ -48,7 +54,8 @@ class Speed:
         mesh = job.model.mesh
         device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
         self._num_devices = 1 if mesh is None else mesh.size
-        self._peak = peak_flops(device.device_kind)
+        self._kind = device.device_kind
+        self._peak = peak_flops(self._kind)
         # One thread, which sleeps until the device has done a step: the run itself waits for none.
         self._watcher = ThreadPoolExecutor(max_workers=1)
         self._done: Future[float] | None = None
@@ -58,6 +65,15 @@ class Speed:
         self._began: float | None = None
         self._steps = self._tokens = self._images = 0
         self._waited = self._flops = self._compiling = 0.0
+
+    def about_peak(self) -> str | None:
+        """Why there is no utilisation, if there is none."""
+        if self._peak is not None:
+            return None
+        return (
+            f"No peak is known of {self._kind!r}, so TFLOP/s are shown and no MFU; known are "
+            f"{', '.join(_CHIPS)}."
+        )
 
     def timed(self, batches: Iterator[HostBatch]) -> Iterator[HostBatch]:
         """The same batches; what the run waits for them is measured, and what is in them."""

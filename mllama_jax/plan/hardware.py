@@ -169,6 +169,30 @@ CHIPS: Mapping[str, Chip] = {
             dcn_bandwidth=50e9,  # a network card of 400 Gbit/s each
             clock=1.83e9,
         ),
+        # Only for the utilisation that a run shows; NVIDIA's data sheets of the SXM modules, dense.
+        *(
+            Chip(
+                name=name,
+                title=title,
+                devices_per_chip=1,
+                devices_per_host=8,
+                peak_flops=peak_flops,
+                memory_bytes=memory_bytes,
+                usable_bytes=int(memory_bytes),
+                memory_bandwidth=memory_bandwidth,
+                torus_dims=0,
+                link_bandwidth=link_bandwidth,
+                closes_at=1,
+                dcn_bandwidth=dcn_bandwidth,
+                clock=clock,
+            )
+            for name, title, peak_flops, memory_bytes, memory_bandwidth, link_bandwidth, *rest in (
+                ("a100", "A100 SXM", 312e12, 80e9, 2039e9, 300e9, 25e9, 1.41e9),
+                ("h200", "H200 SXM", 989e12, 141e9, 4800e9, 450e9, 50e9, 1.83e9),
+                ("b200", "B200", 2250e12, 180e9, 7700e9, 900e9, 50e9, 1.85e9),
+            )
+            for dcn_bandwidth, clock in (rest,)
+        ),
     )
 }
 """Kinds of devices by the name that starts a topology's."""
