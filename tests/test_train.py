@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from jax.experimental import multihost_utils
 from tiny_run import assert_same_end, metrics, write_records, write_start
 
 import mllama_jax as mj
@@ -33,6 +35,7 @@ from mllama_jax.train.data.records import DataError
 from mllama_jax.train.data.sources import read_records
 from mllama_jax.train.loop import train
 from mllama_jax.train.optimizers import learning_rates
+from mllama_jax.train.stopping import Stopping
 
 STEPS = 30
 
@@ -270,6 +273,22 @@ def test_a_held_out_picture_that_can_not_be_read_costs_neither_model_nor_scores(
     assert (output / "model" / "model.safetensors").exists()
     printed = capfd.readouterr().out
     assert f"Held-out questions that could not be asked, 1:\n  {held_out}:1: image 0" in printed
+
+
+def test_all_processes_of_a_job_stop_within_an_evaluation(monkeypatch):
+    """Every question whether to stop is a place to stop at."""
+    asked = []
+
+    def reached(place: int) -> bool:
+        asked.append(place)
+        return place == 4
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", reached)
+    with Stopping() as stopping:
+        assert [stopping.asked() for _ in range(6)] == [False] * 3 + [True] * 3
+    assert asked == [1, 2, 3, 4, 5, 6]
+    assert stopping.by == signal.SIGTERM
 
 
 @pytest.fixture
