@@ -247,7 +247,7 @@ class Device:
         self._slots = self._run.copy_prompt(self._model, self._slots, *numbers)
 
     def decode(
-        self, owners: Mapping[int, Answering], masks: Mapping[int, np.ndarray], *, one_step: bool
+        self, owners: Mapping[int, Answering], *, masks: Mapping[int, np.ndarray], one_step: bool
     ) -> Chunk:
         """New tokens of the slots that have an owner; all others are ended.
 

@@ -281,7 +281,7 @@ class Engine:
             if sequence is not None and sequence.is_filled
         )
         if owners:
-            chunk = self._device.decode(dict(owners), masks, one_step=is_guided)
+            chunk = self._device.decode(dict(owners), masks=masks, one_step=is_guided)
             self._dispatched.append(_Dispatch(owners, chunk))
         # The device works on the newest while the host reads what is older.
         self._hear(until=1 if owners else 0)
