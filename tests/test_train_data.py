@@ -19,7 +19,6 @@ from mllama_jax.train.data.plan import BatchPlan, PlannedBatch
 from mllama_jax.train.data.records import DataError, Record
 from mllama_jax.train.data.settings import DataConfig
 from mllama_jax.train.data.sources import Sources, open_sources, read_records
-from mllama_jax.train.evaluation import Answer, chosen, scores, table
 
 
 @pytest.fixture(scope="module")
@@ -371,9 +370,6 @@ def test_a_restored_iterator_goes_on_with_the_batches_that_would_have_come(examp
     assert len(rest) == 14
 
 
-# Scores
-
-
 @pytest.mark.parametrize("packing", [False, True])
 def test_any_number_of_threads_gives_the_same_batches(example, tmp_path, packing):
     """More of them than a window has batches: they ask for many windows at a time."""
@@ -391,20 +387,3 @@ def test_any_number_of_threads_gives_the_same_batches(example, tmp_path, packing
         return [batch.arrays["input_ids"].tolist() for batch in batches]
 
     assert ids(16) == ids(1)
-
-
-def test_scores_are_counted_by_kind_and_compare_word_for_word(records):
-    said = [Answer(record, record.answer) for record in records[:4]]
-    said += [Answer(records[4], "It is odd."), Answer(records[5], "it is odd.")]
-    by_kind = {score.kind: (score.right, score.asked) for score in scores(said)}
-    assert by_kind == {"text only": (1, 2), "seen": (3, 4), "all": (4, 6)}
-    assert list(by_kind)[-1] == "all"
-    assert "75.0%" in table(scores(said))
-
-
-def test_a_limit_takes_records_from_everywhere(records):
-    assert chosen(records, None) == chosen(records, 99) == records
-    few = chosen(records, 3)
-    assert few[0] is records[0]
-    assert few[-1] is records[-1]
-    assert len(few) == 3

@@ -5,7 +5,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,8 +17,8 @@ import jax
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
-from processes import cpu_devices, results, start
-from tiny_run import assert_same_end, metrics, write_records, write_start
+from processes import cpu_devices
+from tiny_run import assert_same_end, kept, metrics, write_records, write_start
 
 import mllama_jax as mj
 from mllama_jax.train.checkpoints import open_checkpoints
@@ -27,6 +26,7 @@ from mllama_jax.train.config import (
     CheckpointConfig,
     DataConfig,
     EvaluationConfig,
+    LoraConfig,
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
@@ -86,9 +86,7 @@ class Run:
         environment = {
             **os.environ,
             **cpu_devices(1),
-            # Programs that a process before has compiled are not compiled again.
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            **kept(folder),
         }
         with self._printed.open("w") as out:
             self._process = subprocess.Popen(
@@ -128,7 +126,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_as_the_whole_one(config, who
     dice = random.Random(0)
 
     Run(run, tmp_path).stopped(signal.SIGKILL, steps=7, saving=True)
-    said = Run(run, tmp_path).stopped(signal.SIGTERM, steps=dice.randrange(2, 12))
+    said = Run(run, tmp_path).stopped(signal.SIGTERM, steps=dice.randrange(2, 12), saving=True)
     step = stopped_step(said, "SIGTERM")
     assert metrics(output)[-1]["step"] == step
     said = Run(run, tmp_path).stopped(signal.SIGKILL, steps=dice.randrange(1, 9))
@@ -353,30 +351,22 @@ def test_a_changed_bit_is_found_or_changes_nothing(config, whole, tmp_path):
     assert 5 < found < len(files)
 
 
-def test_sigterm_to_one_process_saves_in_all_of_them(folder, tmp_path):
-    """After the same step; started again, the two go on, and end as if nothing had happened."""
-
-    def both(name: str, output: Path) -> list[subprocess.Popen]:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        return [
-            start("training_processes.py", 1, name, folder, index, port, output)
-            for index in range(2)
-        ]
-
-    output = tmp_path / "stopped"
-    processes = both("preempted", output)
-    end = time.monotonic() + 120
-    while not (output / "metrics.jsonl").exists() or len(metrics(output)) < 3:
-        assert time.monotonic() < end
-        assert all(process.poll() is None for process in processes)
-        time.sleep(0.01)
-    processes[1].send_signal(signal.SIGTERM)
-    first, second = (result.found for result in results(processes))
-    assert first == second
-    assert first["signal"] == "SIGTERM"
-    assert metrics(output)[-1]["step"] == first["step"] < first["steps"]
-    assert (output / "checkpoints" / str(first["step"])).exists()
-    results(both("undisturbed", output))  # goes on, and then does it all without a break
-    assert metrics(output) == metrics(tmp_path / "whole")
+def test_a_packed_run_of_adapters_that_is_killed_ends_as_the_whole_one(config, tmp_path):
+    run = replace(
+        config,
+        output=str(tmp_path / "whole"),
+        steps=16,
+        trained=TrainedConfig("lora"),
+        lora=LoraConfig(rank=2),
+        data=replace(config.data, held_out=None, packing=True, lengths=(48,), max_images=3),
+        checkpoint=CheckpointConfig(every=3),
+        evaluation=EvaluationConfig(),
+    )
+    train(run)
+    killed = replace(run, output=str(tmp_path / "killed"))
+    Run(killed, tmp_path).stopped(signal.SIGKILL, steps=7)
+    train(killed)
+    assert_same_end(tmp_path / "killed", tmp_path / "whole")
+    adapter = Path("adapter") / "adapter_model.safetensors"
+    found, expected = (tmp_path / name / adapter for name in ("killed", "whole"))
+    assert found.read_bytes() == expected.read_bytes()

@@ -84,6 +84,14 @@ def write_records(file: Path, count: int = 24, text_only: bool = True) -> None:
             out.write(json.dumps({"kind": kind, "messages": messages}) + "\n")
 
 
+def kept(folder: Path) -> dict[str, str]:
+    """The environment of processes that compile nothing which another of them has compiled."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
 def metrics(folder: Path) -> list[dict]:
     """What a run has written of its steps and evaluations."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

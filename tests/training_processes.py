@@ -29,7 +29,7 @@ from mllama_jax.train.step import start
 from mllama_jax.train.stopping import Stopped
 
 LORA_OF_TWO = "lora, two processes"
-STEPS_OF_TWO = 120
+STEPS_OF_TWO = 60
 
 
 def config(folder: Path, output: str, **changes: Any) -> TrainConfig:
@@ -130,7 +130,7 @@ def undisturbed(folder: Path, index: str, port: str, output: str) -> None:
 
 def _of_two(folder: Path, output: str) -> TrainConfig:
     return config(
-        *(folder, output), mesh="fsdp=2", steps=STEPS_OF_TWO, checkpoint=CheckpointConfig(every=50)
+        *(folder, output), mesh="fsdp=2", steps=STEPS_OF_TWO, checkpoint=CheckpointConfig(every=25)
     )
 
 
