@@ -10,7 +10,6 @@ from processes import results, start
 CASES = [
     # mesh, with adapters, parts that arrays are split into: of adapters each has one of the axes
     # that a kernel is split along
-    ("data=8", False, 1),
     ("data=2,fsdp=2,tensor=2", False, 4),
     ("data=2,fsdp=2,tensor=2", True, 2),
 ]
