@@ -22,7 +22,12 @@ from mllama_jax.train.config_file import from_yaml, load_config
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 PLANS = FOLDER / "plans.json"
-SLICES = {"v5e-16": "v5e:4x4", "v6e-16": "v6e:4x4", "v5p-64": "v5p:2x4x4"}
+SLICES = {
+    "v5e-4": "v5e:2x2",
+    "v5e-16": "v5e:4x4",
+    "v6e-16": "v6e:4x4",
+    "v5p-64": "v5p:2x4x4",
+}
 """How recipes' names end, and the topology that they are for."""
 IMAGES = 1
 

@@ -22,9 +22,7 @@ def test_composition(name: str):
 
 @pytest.mark.parametrize("name", ["vision", "counted"])
 def test_in_bfloat16(name: str):
-    assert_like_reference(
-        CASES[name], partial(attend_composed, implementation="xla"), jnp.bfloat16
-    )
+    assert_like_reference(CASES[name], partial(attend_composed, implementation="xla"), jnp.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])

@@ -116,8 +116,8 @@ class Checkpoints:
             differing = self._differing(step, abstract.params)
             if not differing:
                 found = self._checkpointer.load_checkpointables(step, parts)
-        except Exception as problem:  # whatever a library says of bytes that it did not expect
-            error = problem
+        except Exception as raised:  # whatever a library says of bytes that it did not expect
+            error = raised
         where = self._checkpointer.directory / str(step)
         _check_readable(where, error)
         if differing:

@@ -34,7 +34,7 @@ def compile_program(lowered: jax.stages.Lowered) -> CompiledProgram:
         jax.errors.JaxRuntimeError: the compiler refuses the program.
     """
     with tempfile.TemporaryDirectory(prefix="mllama_jax_plan_") as folder:
-        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        options: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         compiled = lowered.compile(compiler_options=options)
         (file,) = (file for file in Path(folder).iterdir() if _SCHEDULE.fullmatch(file.name))
         schedule = parse_module(file.read_text(errors="replace"))

@@ -7,7 +7,7 @@ collectives with their bytes.
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Self
 
@@ -90,7 +90,8 @@ class ProgramCost:
     @property
     def has_open_loops(self) -> bool:
         """Whether something runs in a loop whose length the schedule does not say."""
-        return any(i.in_open_loop for i in (*self.cycles, *self.collectives, *self.kernels))
+        items: tuple[_Item, ...] = (*self.cycles, *self.collectives, *self.kernels)
+        return any(item.in_open_loop for item in items)
 
     def in_open_loop(self) -> Self:
         """Only what one run of the loops costs whose length the values decide: a decoding step."""
@@ -248,7 +249,12 @@ def _all_cycles(items: list[_Item]) -> float:
     return sum(item.cycles for item in items if isinstance(item, Cycles))
 
 
-_AMOUNTS = {Cycles: "cycles", Unestimated: "runs", KernelCall: "calls", Collective: "runs"}
+_AMOUNTS: Mapping[type, str] = {
+    Cycles: "cycles",
+    Unestimated: "runs",
+    KernelCall: "calls",
+    Collective: "runs",
+}
 """The field of each kind of item that adds up."""
 
 
@@ -257,10 +263,14 @@ def _gathered(items: Iterator[_Item]) -> ProgramCost:
     amounts: dict[Any, float] = defaultdict(float)
     for item in items:
         field = _AMOUNTS[type(item)]
-        amounts[replace(item, **{field: 0.0})] += getattr(item, field)
+        amounts[_with(item, field, 0.0)] += getattr(item, field)
 
     def of(kind: type) -> tuple[Any, ...]:
         field = _AMOUNTS[kind]
-        return tuple(replace(k, **{field: v}) for k, v in amounts.items() if isinstance(k, kind))
+        return tuple(_with(k, field, v) for k, v in amounts.items() if isinstance(k, kind))
 
     return ProgramCost(of(Cycles), of(Collective), of(KernelCall), of(Unestimated))
+
+
+def _with(item: Any, field: str, value: float) -> Any:
+    return replace(item, **{field: value})
