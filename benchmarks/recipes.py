@@ -27,6 +27,7 @@ SLICES = {
     "v5e-16": "v5e:4x4",
     "v6e-16": "v6e:4x4",
     "v5p-64": "v5p:2x4x4",
+    "h100-1": "h100:1",  # in an environment with mllama-jax[cuda]
 }
 """How recipes' names end, and the topology that they are for."""
 IMAGES = 1

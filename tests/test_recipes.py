@@ -36,7 +36,11 @@ def test_a_recipe_fits_as_it_was_planned(file):
     size, how, _ = file.stem.split("_")
     assert f"-{size.upper()}-" in config.model.path
     released = find_config(config.model.path)
-    resolved(job_of(config, plan["topology"], 1), released, topology)  # mesh and batch divide
+    if topology.chip.is_gpu:  # whose compiler estimates no cycles, and is not here
+        assert plan["mfu_at_most"] is None
+    else:
+        assert 0.02 < plan["mfu_at_most"] < 0.9
+        resolved(job_of(config, plan["topology"], 1), released, topology)  # mesh and batch divide
     model = MllamaForConditionalGeneration(released)
     assert bool(adapters_of(model, config.recipe)) == how.endswith("lora")
     assert (config.model.quantise is not None) == (how == "qlora")
