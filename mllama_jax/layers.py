@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from mllama_jax.execution import Execution
+from mllama_jax.products import weight_product
 from mllama_jax.quantisation import Quantisation, product, scale_shape
 from mllama_jax.shapes import Array
 from mllama_jax.sharding import constrain
@@ -122,8 +123,8 @@ def _adapted(
         return result
     a: Array = module.get_variable("params", "a").astype(module.dtype)
     b: Array = module.get_variable("params", "b").astype(module.dtype)
-    low_rank = jnp.tensordot(inputs.astype(module.dtype), a, contracted)
-    return result + jnp.tensordot(low_rank, b, 1).astype(result.dtype)
+    low_rank = weight_product(inputs.astype(module.dtype), a, contracted)
+    return result + weight_product(low_rank, b).astype(result.dtype)
 
 
 def projection(
@@ -135,12 +136,15 @@ def projection(
     execution: Execution,
     contract: int = 1,
     use_bias: bool = False,
-    dot_general: Callable[..., Array] | None = None,
+    result_dtype: DTypeLike | None = None,
 ) -> Projection | QuantisedProjection:
-    """A linear map of the last ``contract`` axes to ``features``; ``axes`` are the kernel's."""
+    """A linear map of the last ``contract`` axes to ``features``; ``axes`` are the kernel's.
+
+    The result has the computation's dtype, if no other one is asked for.
+    """
     if execution.quantise is not None:
-        if use_bias or dot_general is not None:
-            raise ValueError(f"{name}: no bias and no product of its own can be quantised")
+        if use_bias or result_dtype is not None:
+            raise ValueError(f"{name}: no bias and no dtype of its own can be quantised")
         return QuantisedProjection(
             (features,) if isinstance(features, int) else tuple(features),
             contract,
@@ -158,11 +162,20 @@ def projection(
         param_dtype=execution.param_dtype,
         kernel_init=logical(jax.nn.initializers.normal(std), *axes),
         bias_init=logical(jax.nn.initializers.zeros, *axes[contract:]),
-        dot_general=dot_general,
+        dot_general=partial(_dot_general, dtype=result_dtype),
         name=name,
         weight_axes=tuple(axes),
         mesh=execution.mesh,
     )
+
+
+def _dot_general(
+    x: Array, weights: Array, dimensions: Any, precision: None = None, *, dtype: DTypeLike | None
+) -> Array:
+    """`weight_product` as `flax.linen.DenseGeneral` calls it."""
+    del precision
+    (contracted, _), _ = dimensions
+    return weight_product(x, weights, len(contracted), dtype)
 
 
 class Embedding(nn.Module):

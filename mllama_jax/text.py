@@ -1,13 +1,14 @@
 """The language model: the decoder with its embedding, and with the head on top."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from etils import epath
+from jax.sharding import Mesh
 
 from mllama_jax.cache import LegacyCache, MllamaCache
 from mllama_jax.configs import MllamaConfig, MllamaTextConfig
@@ -32,7 +33,7 @@ from mllama_jax.decoder_inputs import (
 )
 from mllama_jax.generation.config import GenerationConfig
 from mllama_jax.layers import Embedding, RMSNorm, projection, scan_layers
-from mllama_jax.loss import IGNORED_LABEL, cross_entropy, shift_labels
+from mllama_jax.loss import IGNORED_LABEL, cross_entropy, loss_in_chunks, shift_labels
 from mllama_jax.masks import CausalMask
 from mllama_jax.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from mllama_jax.pretrained import Params, PretrainedModule
@@ -44,10 +45,29 @@ if TYPE_CHECKING:
     from mllama_jax.generation.generate import GenerateOutput
 
 
-LOGITS_AT_ONCE = 2**27
-"""Of a device, in the loss: 1024 tokens of a whole vocabulary; far fewer make products slow."""
+LOGITS_AT_ONCE = 2**26
+"""Of a device, in the loss: 512 tokens of a whole vocabulary; far fewer make products slow."""
 MOST_TOKENS = 2**14
 """Whose states all devices that share the head have at once, in the loss."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _LossOfTokens:
+    """The sum of the losses of tokens, from the head's parameters and the tokens' states."""
+
+    head: nn.Module
+    z_loss: float
+    mesh: Mesh | None
+
+    def __call__(self, params: Params, x_SLD: Array, labels_SL: Array) -> Array:
+        head = partial(self.head.apply, {"params": params})
+        return cross_entropy(_logits(head, x_SLD, self.mesh), labels_SL, self.z_loss)[0]
+
+
+def _logits(head: Callable[..., Any], x_BTD: Array, mesh: Mesh | None) -> Array:
+    """Each device's own part of the vocabulary, for the samples of all that share the head."""
+    x_BTD = constrain(x_BTD, mesh, "gathered_batch", "length", None)
+    return constrain(head(x_BTD), mesh, "gathered_batch", "length", "vocab")
 
 
 class DecoderModule(PretrainedModule):
@@ -302,7 +322,7 @@ class MllamaForCausalLM(GenerativeModule):
             std=config.initializer_range,
             execution=self.execution,
             # Logits are float32 whatever the weights are, without a float32 copy of the weights.
-            dot_general=partial(jax.lax.dot_general, preferred_element_type=jnp.float32),
+            result_dtype=jnp.float32,
         )
 
     def loss(
@@ -316,51 +336,37 @@ class MllamaForCausalLM(GenerativeModule):
         """The sum over labels of ``-log p(label)``, float32, and how many labels count.
 
         As the loss of `__call__`, times the count, but the logits never exist all at once, neither
-        here nor in the backward pass, which computes them again.
+        here nor in the backward pass, and none are computed of tokens without a label.
 
         Args:
           labels: (B, T) token ids, as for `__call__`.
           tokens_at_once: the logits of about so many tokens exist at a time, split over the devices
-            that share the head; None makes them about 500 MB a device.
+            that share the head; None makes them about 250 MB a device.
           z_loss: the weight of the softmax's denominator in the sum, as `cross_entropy` adds it.
           **inputs: other arguments of `MllamaTextModel.__call__`.
         """
         outputs: Any = self.model(**inputs, use_cache=False)
         labels = shift_labels(labels, inputs.get("segment_ids"))
         x_BTD = outputs.last_hidden_state
-        B, T = labels.shape
+        x_SND, labels_SN = (self._in_shards(x) for x in (x_BTD, labels))
+        shards = len(labels_SN) // num_parts("gathered_batch", len(labels_SN), self.mesh)
         if tokens_at_once is None:
             parts = num_parts("vocab", self.text_config.vocab_size, self.mesh)
             tokens_at_once = min(LOGITS_AT_ONCE * parts // self.text_config.vocab_size, MOST_TOKENS)
-        rows = B // num_parts("gathered_batch", B, self.mesh)
-        length = min(T, max(tokens_at_once // rows, 1))
-        num_chunks = -(-T // length)
-        room = num_chunks * length - T
-        labels = jnp.pad(labels, ((0, 0), (0, room)), constant_values=IGNORED_LABEL)
-        x_BTD = jnp.pad(x_BTD, ((0, 0), (0, room), (0, 0)))
-        chunks = (
-            x_BTD.reshape(B, num_chunks, length, -1),
-            labels.reshape(B, num_chunks, length),
-        )
-        scanned = nn.scan(
-            nn.remat(partial(MllamaForCausalLM._add_loss, z_loss=z_loss), prevent_cse=False),
-            variable_broadcast="params",
-            split_rngs={"params": False},
-            in_axes=1,
-        )
-        nothing = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
-        return scanned(self, nothing, chunks)[0]
+        chunk = min(labels_SN.shape[1], max(tokens_at_once // shards, 1))
+        head, variables = self.lm_head.unbind()
+        loss_of = _LossOfTokens(head.clone(name="lm_head"), z_loss, self.mesh)
+        total = loss_in_chunks(loss_of, variables["params"], x_SND, labels_SN, chunk)
+        return total, (labels_SN != IGNORED_LABEL).sum()
 
-    def _add_loss(
-        self, so_far: tuple[Array, Array], chunk: tuple[Array, Array], *, z_loss: float
-    ) -> Any:
-        total, count = cross_entropy(self._logits(chunk[0]), chunk[1], z_loss)
-        return (so_far[0] + total, so_far[1] + count), None
+    def _in_shards(self, x: Array) -> Array:
+        """(B, T, …) to (S, B / S · T, …), S being the devices that samples are split over."""
+        shards = num_parts("batch", len(x), self.mesh)
+        x = x.reshape(shards, -1, *x.shape[2:])
+        return constrain(x, self.mesh, "batch", *[None] * (x.ndim - 1))
 
     def _logits(self, x_BTD: Array) -> Array:
-        """Each device's own part of the vocabulary, for the samples of all that share the head."""
-        x_BTD = constrain(x_BTD, self.mesh, "gathered_batch", "length", None)
-        return constrain(self.lm_head(x_BTD), self.mesh, "gathered_batch", "length", "vocab")
+        return _logits(self.lm_head, x_BTD, self.mesh)
 
     def __call__(
         self,

@@ -3,11 +3,13 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_model import CONFIG, make_inputs, random_params
 
 import mllama_jax as mj
+from mllama_jax.loss import cross_entropy, loss_in_chunks
 
 MODEL = mj.MllamaForConditionalGeneration(CONFIG)
 INPUTS = make_inputs([[(1, 3), (3, 2)], [], [(0, 1)]], [11, 7, 9])
@@ -88,3 +90,55 @@ def test_pictures_in_turns(params: Any, expected: Any, images_at_once: int, rema
     """Six picture slots, in six turns or in two."""
     model = MODEL.clone(images_at_once=images_at_once, remat=remat)
     assert_same(value_and_gradients(model, params), expected)
+
+
+def head_loss(params: Any, x: Any, labels: Any) -> Any:
+    return cross_entropy(x @ params["head"] * params["scale"], labels)[0]
+
+
+def head_params(rng: np.random.Generator) -> Any:
+    return {"head": rng.integers(-8, 8, (8, 13)).astype(np.int8), "scale": np.ones(13, np.float32)}
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_tokens_without_a_label_cost_nothing(shards: int):
+    """Their states are not even looked at, where they fill chunks of their own."""
+    rng = np.random.default_rng(3)
+    params = head_params(rng)
+    x = rng.standard_normal((shards, 12, 8), np.float32)
+    labels = np.full((shards, 12), -100, np.int32)
+    for shard in range(shards):
+        labels[shard, rng.permutation(12)[: 4 - shard]] = rng.integers(0, 13, 4 - shard)
+
+    def of(loss: Any) -> Any:
+        """Whole numbers have no gradient."""
+        return jax.jit(
+            jax.value_and_grad(lambda scale, x: loss({**params, "scale": scale}, x), (0, 1))
+        )
+
+    def chunks(params: Any, x: Any) -> Any:
+        return loss_in_chunks(head_loss, params, x, jnp.asarray(labels), 2)
+
+    def whole(params: Any, x: Any) -> Any:
+        return head_loss(params, x, jnp.asarray(labels))
+
+    found = of(chunks)(params["scale"], x)
+    assert_close(found, of(whole)(params["scale"], x))
+    if shards == 1:
+        unseen = np.where((labels == -100)[..., None], np.nan, x)
+        jax.tree.map(np.testing.assert_array_equal, of(chunks)(params["scale"], unseen), found)
+        np.testing.assert_array_equal(jax.jit(chunks)(params, unseen), found[0])
+
+
+def test_no_labels_at_all():
+    x, labels = np.full((1, 4, 8), np.nan, np.float32), np.full((1, 4), -100, np.int32)
+    params = head_params(np.random.default_rng(0))
+    found = jax.value_and_grad(lambda x: loss_in_chunks(head_loss, params, x, labels, 3))(x)
+    assert not any(np.any(leaf) for leaf in found)
+
+
+def assert_close(found: Any, expected: Any) -> None:
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-6 * np.abs(b).max()),
+        *(found, expected),
+    )

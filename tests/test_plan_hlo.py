@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tiny_model import CONFIG, TILE
 
 from mllama_jax import MllamaConfig, MllamaForConditionalGeneration
+from mllama_jax.loops import at_most
 from mllama_jax.plan.collectives import Collective, find_collective, network_seconds
 from mllama_jax.plan.compiling import compile_program
 from mllama_jax.plan.hlo import ProgramCost, Unestimated, out_of_memory, program_cost
@@ -93,6 +94,24 @@ def test_loop_whose_length_the_values_decide(chip: Mesh) -> None:
     x = array(chip, (SIZE, SIZE))
     cost = cost_of(decode, x, x)
     assert products(cost) / products(cost.in_open_loop()) == pytest.approx(6 / 4, rel=0.15)
+
+
+def test_loop_with_a_bound(chip: Mesh) -> None:
+    """It counts as often as it may run, and the loops in it as often as they do."""
+
+    def step(most: int) -> Any:
+        def times(x: jax.Array, w: jax.Array) -> jax.Array:
+            runs = jnp.minimum(jnp.argmax(x[0]), most)
+            with at_most(most):
+                return jax.lax.fori_loop(0, runs, lambda _, x: nested(3, 2)(x, w), x)
+
+        return times
+
+    x = array(chip, (SIZE, SIZE))
+    three = cost_of(step(3), x, x)
+    assert not three.has_open_loops
+    assert products(cost_of(step(9), x, x)) == 3 * products(three)
+    assert products(three) == pytest.approx(products(cost_of(nested(18, 1), x, x)), rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Self
 
+from mllama_jax.loops import most_runs
 from mllama_jax.plan.collectives import Collective, find_collective
 from mllama_jax.plan.hlo_text import Instruction, Module, arrays, reached, trip_count
 from mllama_jax.plan.parts import COPIES, OTHER, Phase, part_of, phase_of
@@ -132,7 +133,8 @@ def out_of_memory(error: BaseException) -> OutOfMemory | None:
 def program_cost(schedule: Module) -> ProgramCost:
     """The cost of a program compiled for TPUs.
 
-    Of the branches of a conditional the cheapest counts, for a lower bound.
+    Of the branches of a conditional the cheapest counts, for a lower bound; a loop whose length the
+    values decide counts as often as it runs at most (`mllama_jax.loops.at_most`), once without it.
     """
     return _gathered(_Walk(schedule).items(schedule.entry, _Place(1.0, False, "")))
 
@@ -166,6 +168,8 @@ class _Walk:
             opcode = instruction.opcode
             if opcode == "while":
                 runs = trip_count(self._module, computation, instruction)
+                if runs is None:
+                    runs = most_runs(instruction.op_name)
                 inside = _Place(
                     place.runs * (1 if runs is None else runs),
                     place.in_open_loop or runs is None,
