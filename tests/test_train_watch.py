@@ -181,13 +181,15 @@ def test_operations_are_six_for_each_weight_and_token_it_meets(config):
             component = "image" if path[-2] in ("k_proj", "v_proj") else "cross"
         sizes[component] += leaf.size
     everything = step_flops(model, Recipe(10, trained=TrainedConfig("all")))
-    assert everything.tokens == 6 * (sizes["self_attention"] + sizes["head"])
+    assert everything.tokens == 6 * sizes["self_attention"]
+    assert everything.labels == 6 * sizes["head"]
     assert everything.seeing == 6 * sizes["cross"]
     assert everything.image_tokens == 6 * sizes["image"]
 
     frozen = step_flops(model, Recipe(10, trained=TrainedConfig("cross_attention")))
     # The first layer is before all that is trained.
-    assert frozen.tokens == 2 * sizes["self_attention"] + 4 * sizes["head"]
+    assert frozen.tokens == 2 * sizes["self_attention"]
+    assert frozen.labels == 4 * sizes["head"]
     assert frozen.images < everything.images
 
     lora = Recipe(10, trained=TrainedConfig("lora"), lora=LoraConfig(rank=3))
@@ -200,8 +202,8 @@ def test_operations_are_six_for_each_weight_and_token_it_meets(config):
         adapters[field] += leaf.size
     found = step_flops(model, lora)
     assert found.seeing == 4 * sizes["cross"] + 6 * adapters["seeing"]
-    weights = sizes["self_attention"] + sizes["head"]
-    assert found.tokens == 4 * weights + 6 * adapters["tokens"]
+    assert found.tokens == 4 * sizes["self_attention"] + 6 * adapters["tokens"]
+    assert found.labels == 4 * sizes["head"]
 
 
 def _start(model, params, recipe):
@@ -215,19 +217,28 @@ def test_padding_is_not_counted(config):
     job, _ = open_job(config)
     patches = job.model.config.vision_config.num_patches
     mask = np.array([[1, 1, 1, 0], [1, 1, 0, 0]], np.int32)
-    assert counts({"attention_mask": mask}, job.model.config) == Counts(tokens=5, pairs=6 + 3)
+    labels = np.array([[7, -100, 7, -100], [7, 7, -100, -100]], np.int32)
+    text = {"attention_mask": mask, "labels": labels}
+    assert counts(text, job.model.config) == Counts(tokens=5, pairs=6 + 3, labels=1 + 1)
     segments = np.array([[1, 1, 2, 0], [1, 1, 0, 0]], np.int32)
     seen = np.zeros((2, 4, 2, 4), np.int32)
     seen[0, 1:, 0, :3] = 1  # of padding, too
     arrays = {
         "segment_ids": segments,
+        "labels": labels,
         "pixel_values": np.zeros(0),
         "aspect_ratio_ids": np.array([[5, 0], [0, 0]]),
         "aspect_ratio_mask": np.array([[[1, 1, 1, 0], [1, 0, 0, 0]], [[1, 0, 0, 0]] * 2]),
         "cross_attention_mask": seen,
     }
     assert counts(arrays, job.model.config) == Counts(
-        tokens=5, pairs=3 + 1 + 3, seeing=2, images=1, image_tokens=3 * patches, seen=6 * patches
+        tokens=5,
+        pairs=3 + 1 + 3,
+        labels=0 + 1,  # the other one is the first token of a text
+        seeing=2,
+        images=1,
+        image_tokens=3 * patches,
+        seen=6 * patches,
     )
 
 

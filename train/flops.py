@@ -3,8 +3,9 @@
 Per token, picture and so on they are those of `mllama_jax.flops`. A product of weights costs
 as much again for the gradient of its input, if anything before it is trained, and once more for
 that of the weights, if these are. Attention costs as much again for the gradients of its queries,
-and once more for those of keys and values. Nothing is counted of what rematerialisation computes
-again, of padding, or of norms, activations, loss and optimizer.
+and once more for those of keys and values. The head counts for the tokens that have a label.
+Nothing is counted of what rematerialisation computes again, of padding, or of norms, activations,
+loss and optimizer.
 """
 
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ import numpy as np
 
 from mllama_jax.configs import MllamaConfig
 from mllama_jax.flops import decoder_flops, encoded_length, image_length, vision_flops
+from mllama_jax.loss import IGNORED_LABEL
 from mllama_jax.model import MllamaForConditionalGeneration
 from mllama_jax.train.components import component_of
 from mllama_jax.train.lora import adapters_of
@@ -27,6 +29,7 @@ class Counts:
     Attributes:
         tokens: of text.
         pairs: of tokens, the later of which attends to the earlier or is it.
+        labels: tokens that are to predict the next one.
         seeing: tokens that see a picture.
         images: pictures.
         image_tokens: patches, with one class token a tile, of the tiles that the pictures have.
@@ -35,6 +38,7 @@ class Counts:
 
     tokens: int = 0
     pairs: int = 0
+    labels: int = 0
     seeing: int = 0
     images: int = 0
     image_tokens: int = 0
@@ -48,13 +52,17 @@ def counts(arrays: Mapping[str, np.ndarray], config: MllamaConfig) -> Counts:
     lengths = [np.unique(row[row > 0], return_counts=True)[1].astype(np.int64) for row in segments]
     of_texts = np.concatenate(lengths) if lengths else np.zeros(0, np.int64)
     tokens, pairs = int(of_texts.sum()), int((of_texts * (of_texts + 1) // 2).sum())
+    is_learned = arrays["labels"][:, 1:] != IGNORED_LABEL
+    if "segment_ids" in arrays:  # no token predicts the first one of another text
+        is_learned &= (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)
+    learned = int(is_learned.sum())
     if "pixel_values" not in arrays:
-        return Counts(tokens, pairs)
+        return Counts(tokens, pairs, learned)
     is_picture = arrays["aspect_ratio_ids"] > 0
     patches = config.vision_config.num_patches
     tiles_seen = arrays["cross_attention_mask"].sum((2, 3)) * (segments > 0)
     return Counts(
-        *(tokens, pairs),
+        *(tokens, pairs, learned),
         seeing=int((tiles_seen > 0).sum()),
         images=int(is_picture.sum()),
         image_tokens=int(arrays["aspect_ratio_mask"][is_picture].sum()) * patches,
@@ -68,6 +76,7 @@ class StepFlops:
 
     tokens: float
     pairs: float
+    labels: float
     seeing: float
     images: float
     image_tokens: float
@@ -111,7 +120,7 @@ def step_flops(model: MllamaForConditionalGeneration, recipe: Recipe) -> StepFlo
             found["tokens"] += times * (self_flops.projections / of_self + mlp)
             found["pairs"] += (1 + 2 * passes) * self_flops.attention / of_self
         learns = passes or (is_cross and has_part["gates"])
-    found["tokens"] += (1 + learns + is_full["head"]) * both["head"].total
+    found["labels"] = (1 + learns + is_full["head"]) * both["head"].total
     for name, flops in _adapters(model, recipe).items():
         found[name] += 3 * flops
     return StepFlops(**found)
@@ -158,6 +167,8 @@ def _adapters(model: MllamaForConditionalGeneration, recipe: Recipe) -> dict[str
             field, times = "images", places[component]
         elif component == "projector":
             field, times = "images", image_length(config)
+        elif component == "head":
+            field = "labels"
         elif component == "cross_attention":
             field = "image_tokens" if path[-1] in ("k_proj", "v_proj") else "seeing"
         flops = 2 * times * (np.prod(adapter.a) + np.prod(adapter.b))

@@ -54,12 +54,13 @@ def is_packed(job: Job) -> bool:
 
 
 def recipe_flops(job: Job, model: Model) -> dict[str, PartFlops]:
-    """Of a step on full rows, each one text that sees all of its pictures."""
+    """Of a step on full rows, each one text that sees all of its pictures and is all learned."""
     batch, length = job.batch or 1, job.length or 1
     tokens, of_image = batch * length, image_length(model.full_config)
     counts = Counts(
         tokens=tokens,
         pairs=batch * length * (length + 1) // 2,
+        labels=tokens,
         seeing=tokens if job.images else 0,
         images=batch * job.images,
         image_tokens=batch * job.images * of_image,
@@ -67,7 +68,8 @@ def recipe_flops(job: Job, model: Model) -> dict[str, PartFlops]:
     )
     found = step_flops(model, recipe_of(job))
     parts = {
-        "self-attention layers and head": found.tokens * counts.tokens,
+        "self-attention layers": found.tokens * counts.tokens,
+        "head": found.labels * counts.labels,
         "attention to text": found.pairs * counts.pairs,
         "cross-attention layers": found.seeing * counts.seeing,
         "attention to pictures": found.seen * counts.seen,
