@@ -274,10 +274,16 @@ def _arranged(text: str, sizes: dict[str, int], devices: Sequence[jax.Device]) -
     )
 
 
+def device_kind(mesh: Mesh | None) -> str:
+    """What JAX calls the mesh's devices; without one, the first device that there is."""
+    kind: str = (jax.devices() if mesh is None else mesh.devices.ravel())[0].device_kind
+    return kind
+
+
 def describe(mesh: Mesh) -> str:
     """A line for people: the axes, the devices, and what is split into how many parts."""
     devices = mesh.devices.ravel().tolist()
-    kind = devices[0].device_kind
+    kind = device_kind(mesh)
     kind = _TRADE_NAMES.get(kind, kind)
     num_slices = _num_slices(devices)
     slices = f" ({num_slices} slices of {mesh.size // num_slices})" if num_slices > 1 else ""

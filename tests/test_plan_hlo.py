@@ -18,6 +18,7 @@ from mllama_jax.plan.hlo import ProgramCost, Unestimated, out_of_memory, program
 from mllama_jax.plan.hlo_text import parse_module, trip_count
 from mllama_jax.plan.parts import part_of, phase_of
 from mllama_jax.plan.topology import parse_topology
+from mllama_jax.train.compiler_options import compiler_options
 from mllama_jax.train.settings import Recipe, TrainedConfig
 from mllama_jax.train.step import start, train_step
 
@@ -190,6 +191,24 @@ def test_weights_are_gathered_once_in_each_pass() -> None:
     assert moved["forward"] == once
     # Weights once more, and sums of gradients. Done piece by piece, sums send some pieces twice.
     assert 2 <= moved["backward"] / once < 3
+
+
+def test_exchanges_by_sparse_cores() -> None:
+    """They are read behind one more call, and go on beside the products."""
+    mesh = parse_topology("v6e:2x4").mesh("fsdp=8")
+
+    def forward(w: jax.Array, x: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ whole(w)), None), x, w)[0]
+
+    def whole(w: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(w, NamedSharding(mesh, P()))
+
+    w = array(mesh, (3, 2048, 2048), None, "fsdp")
+    step = jax.jit(forward, compiler_options=dict(compiler_options("TPU v6 lite")))
+    lowered = step.lower(w, array(mesh, (8 * 2048, 2048), "fsdp"))
+    (found,) = program_cost(compile_program(lowered).schedule).collectives
+    assert (found.operation, found.runs, found.overlaps) == ("all-gather", 3, True)
+    assert found.bytes == 2 * 2048**2
 
 
 BETWEEN_SLICES = {

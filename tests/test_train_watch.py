@@ -17,6 +17,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import metrics, write_records, write_start
 
+from mllama_jax.plan.hardware import chip_of
 from mllama_jax.train.components import component_of
 from mllama_jax.train.config import (
     CheckpointConfig,
@@ -35,7 +36,7 @@ from mllama_jax.train.job import open_job
 from mllama_jax.train.log_settings import LoggingConfig
 from mllama_jax.train.loop import train
 from mllama_jax.train.settings import LoraConfig, Recipe
-from mllama_jax.train.speed import Speed, memory, peak_flops
+from mllama_jax.train.speed import Speed, memory
 from mllama_jax.train.step import train_step
 
 HALF, STEPS, RECORDS = 5, 10, 24
@@ -285,8 +286,10 @@ def test_what_is_asked_for_must_be_there_and_make_sense(config):
 
 
 def test_peaks_and_memory():
-    assert peak_flops("TPU v5 lite") == 197e12
-    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
-    assert peak_flops("NVIDIA H200") == peak_flops("NVIDIA H100 80GB HBM3") == 989e12
-    assert peak_flops("cpu") is None
+    known = {"TPU v5 lite": 197e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H200": 989e12}
+    for kind, peak in known.items():
+        chip = chip_of(kind)
+        assert chip is not None
+        assert chip.peak_flops == peak
+    assert chip_of("cpu") is None
     assert memory()["host_peak_gib"] > 0.05

@@ -3,7 +3,7 @@
 import grain
 import jax
 
-from mllama_jax.sharding import describe
+from mllama_jax.sharding import describe, device_kind
 from mllama_jax.train.checkpoints import Checkpoints, open_checkpoints
 from mllama_jax.train.components import rounding_warning
 from mllama_jax.train.config import TrainConfig
@@ -18,7 +18,7 @@ from mllama_jax.train.log_settings import check_installed
 from mllama_jax.train.metrics import replace_text
 from mllama_jax.train.profiling import Profiler
 from mllama_jax.train.results import save_results, save_settings
-from mllama_jax.train.step import TrainState, train_step
+from mllama_jax.train.step import TrainState, train_step_on
 from mllama_jax.train.stopping import Stopped, Stopping
 from mllama_jax.train.summary import write_summary
 
@@ -91,6 +91,7 @@ def _run_steps(
     config, resumed = job.config, int(state.step)
     skipped = SkippedRecords(job.output, config.data.max_bad_records, job.sources.problems, resumed)
     profile = Profiler(job.output / "profile", config.logging.profile_steps)
+    update = train_step_on(device_kind(job.model.mesh))
     with Stopping() as stopping, profile:
         if held_out and 0 < resumed < config.steps and held_out.is_due(resumed):
             _evaluated(held_out, state, log, stopping)  # as the checkpoint was written before it
@@ -98,7 +99,7 @@ def _run_steps(
             for problem in skipped.add(step, batch.problems):
                 log.say(f"step {step}: nothing is learned from {problem}")
             profile.before(step)
-            state, metrics = train_step(
+            state, metrics = update(
                 state, job.placed(batch), job.frozen, model=job.model, recipe=config.recipe
             )
             profile.after(step, metrics)
@@ -142,7 +143,7 @@ def _evaluated(
 def _opening(job: Job, step: int) -> str:
     """What the run is about to do, for the reader of the screen."""
     config, model = job.config, job.model
-    device = jax.devices()[0].device_kind if model.mesh is None else describe(model.mesh)
+    device = device_kind(None) if model.mesh is None else describe(model.mesh)
     lines = [
         job.trained,
         f"{len(job.sources):,} conversations, {len(job.held_out):,} held out",

@@ -8,31 +8,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 
-from mllama_jax.plan.hardware import CHIPS, GIB
+from mllama_jax.plan.hardware import DEVICE_KINDS, GIB, chip_of
 from mllama_jax.shapes import Array
+from mllama_jax.sharding import device_kind
 from mllama_jax.train.data.batches import HostBatch
 from mllama_jax.train.flops import counts, step_flops
 from mllama_jax.train.job import Job
 from mllama_jax.train.metrics import Numbers
-
-_CHIPS = {
-    "TPU v4": "v4",
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v5": "v5p",
-    "TPU v5p": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU v6e": "v6e",
-    "TPU7x": "tpu7x",
-    "NVIDIA A100-SXM4-40GB": "a100",
-    "NVIDIA A100-SXM4-80GB": "a100",
-    "NVIDIA A100-PCIE-40GB": "a100",
-    "NVIDIA A100 80GB PCIe": "a100",
-    "NVIDIA H100 80GB HBM3": "h100",
-    "NVIDIA H200": "h200",
-    "NVIDIA B200": "b200",
-}
-"""What JAX calls the devices whose peak is known."""
 
 COMPILING = "/jax/core/compile/backend_compile_duration"
 
@@ -52,10 +34,10 @@ class Speed:
         # Rows of other processes are not here; they stand for equally much work.
         self._share = job.config.data.batch_size / len(job.rows)
         mesh = job.model.mesh
-        device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
         self._num_devices = 1 if mesh is None else mesh.size
-        self._kind = device.device_kind
-        self._peak = peak_flops(self._kind)
+        self._kind = device_kind(mesh)
+        chip = chip_of(self._kind)
+        self._peak = None if chip is None else chip.peak_flops
         # One thread, which sleeps until the device has done a step: the run itself waits for none.
         self._watcher = ThreadPoolExecutor(max_workers=1)
         self._done: Future[float] | None = None
@@ -72,7 +54,7 @@ class Speed:
             return None
         return (
             f"No peak is known of {self._kind!r}, so TFLOP/s are shown and no MFU; known are "
-            f"{', '.join(_CHIPS)}."
+            f"{', '.join(DEVICE_KINDS)}."
         )
 
     def timed(self, batches: Iterator[HostBatch]) -> Iterator[HostBatch]:
@@ -139,12 +121,6 @@ class Speed:
 def _when_done(result: Array) -> float:
     result.block_until_ready()
     return time.monotonic()
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Of bfloat16 products, a second; None if it is not known."""
-    chip = _CHIPS.get(device_kind)
-    return None if chip is None else CHIPS[chip].peak_flops
 
 
 def memory() -> dict[str, float]:

@@ -1,6 +1,7 @@
 """One training step: loss, gradients, update. Pure functions over one state."""
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any, cast
 
 import flax.struct
@@ -13,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mllama_jax.pretrained import Params, PretrainedModule
 from mllama_jax.shapes import Array
 from mllama_jax.sharding import constrain, num_parts, param_shardings
+from mllama_jax.train.compiler_options import compiler_options
 from mllama_jax.train.components import joined, split
 from mllama_jax.train.lora import adapter_shardings, init_adapters, scaled
 from mllama_jax.train.optimizers import learning_rates, make_optimizer
@@ -96,7 +98,10 @@ def placed_like(tree: Any, params: Params) -> Any:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-@partial(jax.jit, static_argnames=("model", "recipe"), donate_argnames="state")
+_jit = partial(jax.jit, static_argnames=("model", "recipe"), donate_argnames="state")
+
+
+@_jit
 def train_step(
     state: TrainState, batch: Batch, frozen: Params, *, model: PretrainedModule, recipe: Recipe
 ) -> tuple[TrainState, Metrics]:
@@ -150,6 +155,14 @@ def train_step(
         skipped=state.skipped + skipped,
     )
     return new_state, metrics
+
+
+@cache
+def train_step_on(device_kind: str) -> Callable[..., tuple[TrainState, Metrics]]:
+    """`train_step`, compiled as devices of this kind (`jax.Device.device_kind`) do best with it."""
+    options = compiler_options(device_kind)
+    step: Any = train_step  # of which there is one only, wherever its compiler needs no options
+    return _jit(step.__wrapped__, compiler_options=dict(options)) if options else step
 
 
 def _mean_loss_and_gradients(

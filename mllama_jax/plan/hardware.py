@@ -196,3 +196,28 @@ CHIPS: Mapping[str, Chip] = {
     )
 }
 """Kinds of devices by the name that starts a topology's."""
+
+DEVICE_KINDS: Mapping[str, str] = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+    "NVIDIA A100-SXM4-40GB": "a100",
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA A100-PCIE-40GB": "a100",
+    "NVIDIA A100 80GB PCIe": "a100",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
+}
+"""What JAX calls the devices, and their name in `CHIPS`."""
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that JAX calls so; None if it is not known."""
+    name = DEVICE_KINDS.get(device_kind)
+    return None if name is None else CHIPS[name]

@@ -182,10 +182,18 @@ class _Walk:
             elif opcode == "call":
                 yield from self.items(instruction.called, place)
             elif opcode == "async-start":
-                for item in self.items(instruction.called, place):
+                for item in self.items(self._started(instruction), place):
                     yield replace(item, overlaps=True) if isinstance(item, Collective) else item
             else:
                 yield from self._own(instruction, place)
+
+    def _started(self, start: Instruction) -> str:
+        """The computation that goes on beside the program.
+
+        What sparse cores do is behind one more call.
+        """
+        root = self._module.root(start.called)
+        return (root.opcode == "custom-call" and root.called) or start.called
 
     def _own(self, instruction: Instruction, place: _Place) -> Iterator[_Item]:
         path = place.within(instruction.op_name or self._path(instruction))

@@ -13,7 +13,7 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _FAILED = 2**63 - 1  # what the compiler writes for an estimate that it could not make
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _NAMES = re.compile(r"%([\w.\-]+)")
-_CALLED = re.compile(r"(?:calls|to_apply|body)=%([\w.\-]+)")
+_CALLED = re.compile(r"(?:calls=|to_apply=|body=|called_computations=\{)%([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=%([\w.\-]+)")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _BITS = re.compile(r"\d+")
@@ -56,7 +56,7 @@ class Instruction:
 
     @property
     def called(self) -> str:
-        """The computation of a fusion, call or loop; empty if there is none."""
+        """The computation of a fusion, call, custom call or loop; empty if there is none."""
         match = _CALLED.search(self.rest)
         return match[1] if match else ""
 

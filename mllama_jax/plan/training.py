@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from mllama_jax.plan.job import Job
 from mllama_jax.plan.programs import Model, Program, array, placed_params, with_sharding
 from mllama_jax.plan.recipes import is_packed, recipe_of
+from mllama_jax.sharding import device_kind
 from mllama_jax.train.components import joined, split
 from mllama_jax.train.lora import adapter_shardings, init_adapters
 from mllama_jax.train.settings import Recipe
-from mllama_jax.train.step import TrainState, make_optimizer, placed_like, train_step
+from mllama_jax.train.step import TrainState, make_optimizer, placed_like, train_step_on
 
 
 def train_program(job: Job, model: Model) -> Program:
@@ -38,7 +39,7 @@ def train_program(job: Job, model: Model) -> Program:
     }
     return Program(
         model,
-        train_step,
+        train_step_on(device_kind(model.mesh)),
         (state, batch, frozen),
         {kind: tree for kind, tree in kinds.items() if jax.tree.leaves(tree)},
         {"model": model, "recipe": recipe},
