@@ -6,6 +6,7 @@ python examples/digits/compare.py --model runs/digits/lora/model \
     --adapter runs/digits/lora/adapter --data runs/digits/shifted/held_out.jsonl
 """
 
+import itertools
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,14 +40,20 @@ class Options:
 
 def compare(options: Options) -> None:
     """Prints how many answers are the same, and every one that is not."""
-    records = chosen(read_records(options.data), options.limit)
+    # Asked one at a time, no question shares a batch with others that have more pictures: what a
+    # token sees that comes before the first one depends on how many there are in transformers.
+    records = sorted(chosen(read_records(options.data), options.limit), key=num_pictures)
     # What a token sees that comes before the first picture: here as transformers has it.
     ours, params = MllamaForConditionalGeneration.from_pretrained(
         options.model, hf_masked_rows=True
     )
     processor = MllamaProcessor.from_pretrained(options.model)
     settings = EvaluationConfig(batch_size=100, max_new_tokens=16)
-    answers = answer_records(ours, params, processor, records, settings)
+    answers = [
+        answer
+        for _, alike in itertools.groupby(records, num_pictures)
+        for answer in answer_records(ours, params, processor, list(alike), settings)
+    ]
     theirs, their_processor = load_theirs(options)
     num_same = num_right = 0
     for record, answer in zip(tqdm.tqdm(records), answers, strict=True):
@@ -56,6 +63,10 @@ def compare(options: Options) -> None:
         if text != answer.text:
             tqdm.tqdm.write(f"{record.kind}: here {answer.text!r}, in transformers {text!r}")
     print(f"{num_same} of {len(records)} answers are the same; {num_right} of theirs are right")
+
+
+def num_pictures(record: Record) -> int:
+    return len(record.images)
 
 
 def load_theirs(options: Options) -> tuple:
