@@ -99,9 +99,9 @@ def _with_gradients(
 ) -> tuple[Array, Any]:
     """The loss, and the gradients of what gradients are asked for."""
     leaves, tree = jax.tree.flatten(params)
-    is_learned = [leaf.perturbed for leaf in leaves]
     learned = [leaf.value for leaf in leaves if leaf.perturbed]
-    x_SMD = _in_order(x_SND.value, order_SN.value, labels_SN.value.shape[1])
+    x_SND, labels_SN, order_SN = (given.value for given in (x_SND, labels_SN, order_SN))
+    x_SMD = _in_order(x_SND, order_SN, labels_SN.shape[1])
 
     def loss(learned: list[Array], x_SLD: Array, labels_SL: Array) -> Array:
         values = iter(learned)
@@ -110,20 +110,20 @@ def _with_gradients(
 
     def add(i: Array, so_far: Any) -> Any:
         total, sums, dx_SMD = so_far
-        x_SLD, labels_SL = (_chunk_of(of, i, chunk) for of in (x_SMD, labels_SN.value))
+        x_SLD, labels_SL = (_chunk_of(of, i, chunk) for of in (x_SMD, labels_SN))
         found, (grads, dx_SLD) = jax.value_and_grad(loss, argnums=(0, 1))(learned, x_SLD, labels_SL)
-        sums = [total + grad.astype(jnp.float32) for total, grad in zip(sums, grads, strict=True)]
+        sums = [of + grad.astype(jnp.float32) for of, grad in zip(sums, grads, strict=True)]
         dx_SMD = jax.lax.dynamic_update_slice_in_dim(dx_SMD, dx_SLD, i * chunk, axis=1)
         return total + found, sums, dx_SMD
 
     zeros = [jnp.zeros(leaf.shape, jnp.float32) for leaf in learned]
     start = (jnp.zeros((), jnp.float32), zeros, jnp.zeros_like(x_SMD))
-    total, sums, dx_SMD = _for_labelled(labels_SN.value, chunk, add, start)
-    place_SN = jnp.argsort(order_SN.value, axis=1)
+    total, sums, dx_SMD = _for_labelled(labels_SN, chunk, add, start)
+    place_SN = jnp.argsort(order_SN, axis=1)
     dx_SND = jnp.take_along_axis(dx_SMD, place_SN[..., None], axis=1)
     grads = iter([grad.astype(leaf.dtype) for grad, leaf in zip(sums, learned, strict=True)])
-    found = jax.tree.unflatten(tree, [next(grads) if is_one else None for is_one in is_learned])
-    return total, (found, dx_SND)
+    found = [next(grads) if leaf.perturbed else None for leaf in leaves]
+    return total, (jax.tree.unflatten(tree, found), dx_SND)
 
 
 def _scaled(_: LossOfTokens, __: int, gradients: Any, by: Array) -> tuple[Any, Array, None, None]:
@@ -146,6 +146,5 @@ def _chunk_of(x: Array, i: Array, chunk: int) -> Array:
 def _for_labelled(labels_SN: Array, chunk: int, add: Callable[..., Any], start: Any) -> Any:
     """Runs ``add(i, so_far)`` for the chunks that have labels, which stand first."""
     counts_S = (labels_SN != IGNORED_LABEL).sum(1)
-    most = labels_SN.shape[1] // chunk
-    with at_most(most):
-        return jax.lax.fori_loop(0, jnp.minimum(-(-counts_S.max() // chunk), most), add, start)
+    with at_most(labels_SN.shape[1] // chunk):
+        return jax.lax.fori_loop(0, -(-counts_S.max() // chunk), add, start)

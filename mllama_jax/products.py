@@ -3,6 +3,8 @@
 JAX's own rule computes the transposed gradient and turns it over. XLA's compiler for CPUs then
 writes a transposed copy of the result's gradient in memory first, which takes as long as the
 product itself.
+
+There is no forward-mode derivative (`jax.jvp`).
 """
 
 from functools import partial

@@ -82,15 +82,14 @@ def _backward(
     q_PGTH, k_PSH, v_PSH, factors, out_PGTH, log_sum_PGT = kept
     mask = _MaskOfHeads(jax.tree.unflatten(tree, factors), len(k_PSH))
     blocks = _Blocks(q_PGTH, k_PSH)
-    along_PGT = (dout_PGTH * out_PGTH).sum(-1)
 
     def block(sums: tuple[Array, Array], i: Array) -> tuple[tuple[Array, Array], Array]:
         start = blocks.start(i)
         allowed = mask.rows(start, blocks.size)
-        is_new_I1 = blocks.is_new(i)[:, None]
         q_PGIH, log_sum_PGI = blocks.of(q_PGTH, start), blocks.of(log_sum_PGT, start)
-        dout_PGIH = jnp.where(is_new_I1, blocks.of(dout_PGTH, start), 0.0)
-        along_PGI = jnp.where(is_new_I1[:, 0], blocks.of(along_PGT, start), 0.0)
+        # What was in the block before counts there.
+        dout_PGIH = jnp.where(blocks.is_new(i)[:, None], blocks.of(dout_PGTH, start), 0.0)
+        along_PGI = (dout_PGIH * blocks.of(out_PGTH, start)).sum(-1)
 
         def head(sums: tuple[Array, Array], p: Array) -> tuple[tuple[Array, Array], Array]:
             dk_PSH, dv_PSH = sums
