@@ -258,6 +258,9 @@ def scan_layers(step: Callable[..., Any], length: int) -> Any:
         in_axes=(0, nn.broadcast),
         length=length,
         metadata_params={nn.PARTITION_NAME: "layers"},
+        # What is checked would be a value that all layers share, of which there is none; it costs
+        # tracing the layer once more.
+        check_constancy_invariants=False,
     )
 
 

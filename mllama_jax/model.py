@@ -99,7 +99,12 @@ class MllamaForConditionalGeneration(GenerativeModule):
             return None, model._encode(turn, num_tiles)
 
         encode = encode if self.remat == "none" else nn.remat(encode, prevent_cse=False)
-        scanned = nn.scan(encode, variable_broadcast="params", split_rngs={"params": False})
+        scanned = nn.scan(
+            encode,  # type: ignore[arg-type]
+            variable_broadcast="params",
+            split_rngs={"params": False},
+            check_constancy_invariants=False,
+        )
         _, features = scanned(self, None, [in_turns(jnp.asarray(x)) for x in inputs])
         features = rearrange(features, "t (s i) ... -> s (t i) ...", s=shards)[:, :a_device]
         features = features.reshape(-1, *features.shape[2:])

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 from etils import epath
@@ -13,6 +14,7 @@ from mllama_jax.configs import MllamaConfig, MllamaTextConfig, MllamaVisionConfi
 from mllama_jax.execution import Execution, RematPolicy
 from mllama_jax.quantisation import Quantisation, check_quantisation
 from mllama_jax.shapes import Array
+from mllama_jax.sharding import annotated
 
 if TYPE_CHECKING:
     from mllama_jax.convert.table import Component
@@ -94,10 +96,6 @@ class PretrainedModule(nn.Module):
                 f"quantise={self.quantise!r}: quantised parameters are only loaded, with "
                 "from_pretrained"
             )
-        return self._init_params(key)
-
-    @nn.nowrap
-    def _init_params(self, key: jax.Array) -> Params:
         inputs: Any = self.dummy_inputs()
 
         # Compiled, because only the random numbers are then computed, not the model's output.
@@ -110,7 +108,8 @@ class PretrainedModule(nn.Module):
     @nn.nowrap
     def param_shapes(self) -> Params:
         """Shapes and dtypes of the parameters (`jax.ShapeDtypeStruct`), without making any."""
-        return jax.eval_shape(self._init_params, jax.random.key(0))
+        leaves = {path: leaf for path, (_, leaf) in annotated(self).items()}
+        return flax.traverse_util.unflatten_dict(leaves)
 
     @classmethod
     def from_pretrained(

@@ -7,6 +7,8 @@ an axis that the mesh lacks is not split.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
@@ -78,7 +80,7 @@ def param_axes(model: "PretrainedModule") -> dict[str, Any]:
         ValueError: a parameter's axes have no names.
     """
     return flax.traverse_util.unflatten_dict(
-        {path: axes for path, (axes, _) in _annotated(model).items()}
+        {path: axes for path, (axes, _) in annotated(model).items()}
     )
 
 
@@ -92,9 +94,9 @@ def param_shardings(model: "PretrainedModule", mesh: Mesh) -> dict[str, Any]:
     check_mesh(mesh)
     shardings: dict[tuple[str, ...], NamedSharding] = {}
     problems: dict[str, list[str]] = {}
-    for path, (axes, shape) in _annotated(model).items():
+    for path, (axes, leaf) in annotated(model).items():
         try:
-            shardings[path] = NamedSharding(mesh, partition_spec(axes, shape, mesh))
+            shardings[path] = NamedSharding(mesh, partition_spec(axes, leaf.shape, mesh))
         except ValueError as error:
             problems.setdefault(str(error), []).append("/".join(path))
     if problems:
@@ -312,14 +314,20 @@ def _parts(mesh_axes: Sequence[str], mesh: Mesh) -> int:
     return math.prod(mesh.shape[mesh_axis] for mesh_axis in mesh_axes)
 
 
-def _annotated(
+def annotated(
     model: "PretrainedModule",
-) -> dict[tuple[str, ...], tuple[tuple[str | None, ...], tuple[int, ...]]]:
-    """Path -> logical axis names and shape of every parameter."""
+) -> Mapping[tuple[str, ...], tuple[tuple[str | None, ...], jax.ShapeDtypeStruct]]:
+    """Path -> logical axis names, shape and dtype of every parameter.
 
+    Raises:
+        ValueError: a parameter's axes have no names.
+    """
     # A mesh that can't split the parameters can't split activations either, and says less about it.
-    model = model.clone(mesh=None, attention="xla")
+    return _annotations(model.clone(mesh=None, attention="xla"))
 
+
+@lru_cache(maxsize=8)  # a job asks several times, and tracing a model takes seconds
+def _annotations(model: "PretrainedModule") -> Any:
     def init(key: jax.Array) -> Any:
         inputs: Any = model.dummy_inputs()
         return model.init(key, **inputs)["params"]
@@ -330,7 +338,7 @@ def _annotated(
     ]
     if nameless:
         raise ValueError(f"parameters without logical axis names: {_some(nameless)}")
-    return {path: (tuple(leaf.names), leaf.value.shape) for path, leaf in boxed.items()}
+    return MappingProxyType({path: (tuple(x.names), x.value) for path, x in boxed.items()})
 
 
 def _written(mesh: Mesh) -> str:

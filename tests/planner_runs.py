@@ -35,7 +35,7 @@ RUNS = {
     ),
     "no such model": ("--model", f"{FOLDER}/nothing"),
     "a run": (*RUN, "--topology", "v5e:2x2", "data.batch_size=4", "--json"),
-    "a run that does not fit": (*RUN, "--topology", "v5e:2x2", "data.batch_size=65536"),
+    "a run that does not fit": (*RUN, "--topology", "v5e:2x2", "data.batch_size=67108864"),
     "a run and options": (*RUN, "--batch", "8", "--search"),
     "a run with a mistake": (*RUN, "--topology", "v5e:2x2", "data.batchsize=4"),
     "settings of no run": (*TINY, "data.batch_size=4"),

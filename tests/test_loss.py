@@ -49,9 +49,9 @@ def assert_same(found: Any, expected: Any) -> None:
         np.testing.assert_allclose(ours, theirs, atol=2e-5 * largest + 1e-9, rtol=0)
 
 
-@pytest.mark.parametrize("tokens", [3, 15, 1000])
+@pytest.mark.parametrize("tokens", [15, 1000])
 def test_loss_in_chunks(params: Any, expected: Any, tokens: int):
-    """Of 1, 5 (11 is no multiple of it) and all tokens of three rows."""
+    """Of 5 (11 is no multiple of it) and all tokens of three rows."""
     assert_same(value_and_gradients(MODEL, params, tokens_at_once=tokens), expected)
 
 
@@ -84,8 +84,7 @@ def test_logits_never_exist_at_once(params: Any):
     assert not has_logits(6)
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-@pytest.mark.parametrize("images_at_once", [1, 4])
+@pytest.mark.parametrize(("images_at_once", "remat"), [(1, "full"), (4, "none")])
 def test_pictures_in_turns(params: Any, expected: Any, images_at_once: int, remat: str):
     """Six picture slots, in six turns or in two."""
     model = MODEL.clone(images_at_once=images_at_once, remat=remat)

@@ -30,7 +30,7 @@ LAYERS = {
 }
 CASES = [
     # checkpoint, mesh, rows of the batch that is generated
-    *[("scanned", mesh, 8) for mesh in ("fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2")],
+    *[("scanned", mesh, 8) for mesh in ("tensor=8", "data=2,fsdp=2,tensor=2")],
 ]
 # Two rows are split over data only: between the processes.
 TWO_PROCESSES = [("aperiodic", "data=2,fsdp=2,tensor=2", 2)]

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from processes import results, start
 from tiny_run import write_records, write_start
-from training_processes import LORA_OF_TWO, config, losses
+from training_processes import LORA, LORA_OF_TWO, config, losses
 
 import mllama_jax as mj
-from mllama_jax.train.config import LoraConfig, TrainedConfig
 from mllama_jax.train.loop import train
 
 SCRIPT = "training_processes.py"
@@ -36,8 +35,10 @@ def found(folder) -> dict[str, Any]:
         start(SCRIPT, 8, "eight_devices", folder),
         *(start(SCRIPT, 2, "one_of_two", folder, index, port) for index in range(2)),
     ]
+    alone = config(folder, "lora, one device", **LORA)
+    train(alone)
     eight, first, _ = (result.found for result in results(processes))
-    return eight | first
+    return {"lora, one device": losses(alone.output)} | eight | first
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,7 @@ def found(folder) -> dict[str, Any]:
         ("fsdp=8", "one device"),
         ("resumed on another mesh", "one device"),
         ("two processes", "one device"),
-        ("lora, fsdp=8", "lora, one device"),
+        ("lora, two processes", "lora, one device"),
     ],
 )
 def test_losses_and_gradient_norms(found: dict[str, Any], run: str, expected: str):
@@ -66,14 +67,14 @@ def test_a_job_of_two_processes_is_gone_on_with_by_one(
     """On one device, which ends it with the merged model."""
     assert f"convert {folder}/two processes FOLDER` makes a model folder" in found["printed"]
     assert "Started again in one process, on a mesh of its own" in found["printed"]
-    run = config(folder, LORA_OF_TWO, trained=TrainedConfig("lora"), lora=LoraConfig(rank=2))
+    run = config(folder, LORA_OF_TWO, **LORA)
     shutil.rmtree(Path(run.output, "checkpoints", "4"))
     train(run)
     assert "Going on from step 2 of 4." in capfd.readouterr().out
     np.testing.assert_allclose(losses(run.output), found["lora, one device"], rtol=2e-4)
     ours, expected = (
         mj.MllamaForConditionalGeneration.from_pretrained(folder / name / "model")[1]
-        for name in (LORA_OF_TWO, "lora, fsdp=8")
+        for name in (LORA_OF_TWO, "lora, one device")
     )
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-3)  # steps of up to 1e-2

@@ -60,10 +60,9 @@ def config(folder):
         log_every=1,
         model=ModelConfig(str(folder / "start")),
         trained=TrainedConfig("all"),
-        data=DataConfig(train=data, held_out=data, batch_size=2, lengths=(32,)),
+        data=DataConfig(train=data, batch_size=2, lengths=(32,)),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=3),
         checkpoint=CheckpointConfig(every=5, keep=3),
-        evaluation=EvaluationConfig(every=20, batch_size=2, max_new_tokens=2, limit=2),
     )
 
 
@@ -151,7 +150,8 @@ def test_sigterm_in_the_middle_of_an_evaluation_saves_and_asks_again(config, fol
         config,
         steps=4,
         output=str(tmp_path / "whole"),
-        evaluation=replace(config.evaluation, every=3, limit=None, max_new_tokens=30),
+        data=replace(config.data, held_out=config.data.train),
+        evaluation=EvaluationConfig(every=3, batch_size=2, max_new_tokens=30),
     )
     train(long)
     output = tmp_path / "stopped"
@@ -358,9 +358,8 @@ def test_a_packed_run_of_adapters_that_is_killed_ends_as_the_whole_one(config, t
         steps=16,
         trained=TrainedConfig("lora"),
         lora=LoraConfig(rank=2),
-        data=replace(config.data, held_out=None, packing=True, lengths=(48,), max_images=3),
+        data=replace(config.data, packing=True, lengths=(48,), max_images=3),
         checkpoint=CheckpointConfig(every=3),
-        evaluation=EvaluationConfig(),
     )
     train(run)
     killed = replace(run, output=str(tmp_path / "killed"))

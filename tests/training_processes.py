@@ -28,6 +28,7 @@ from mllama_jax.train.settings import Recipe
 from mllama_jax.train.step import start
 from mllama_jax.train.stopping import Stopped
 
+LORA: dict[str, Any] = {"trained": TrainedConfig("lora"), "lora": LoraConfig(rank=2)}
 LORA_OF_TWO = "lora, two processes"
 STEPS_OF_TWO = 60
 
@@ -54,15 +55,8 @@ def losses(folder: str | Path) -> list[list[float]]:
 def eight_devices(folder: Path) -> dict[str, Any]:
     """Whole runs on one device and on meshes, and one that changes its mesh on the way."""
     found: dict[str, Any] = {}
-    lora = {"trained": TrainedConfig("lora"), "lora": LoraConfig(rank=2)}
-    runs = {
-        "one device": {},
-        "fsdp=8": {"mesh": "fsdp=8"},
-        "lora, one device": lora,
-        "lora, fsdp=8": {"mesh": "fsdp=8", **lora},
-    }
-    for name, changes in runs.items():
-        run = config(folder, name, **changes)
+    for name, mesh in (("one device", None), ("fsdp=8", "fsdp=8")):
+        run = config(folder, name, mesh=mesh)
         train(run)
         found[name] = losses(run.output)
 
@@ -101,9 +95,10 @@ def one_of_two(folder: Path, index: str, port: str) -> dict[str, Any]:
     run = config(folder, "two processes", mesh="fsdp=4")
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         train(run)
-        lora = {"trained": TrainedConfig("lora"), "lora": LoraConfig(rank=2)}
-        train(config(folder, LORA_OF_TWO, mesh="fsdp=4", **lora))
-    found: dict[str, Any] = {"two processes": losses(run.output), "printed": printed.getvalue()}
+        train(config(folder, LORA_OF_TWO, mesh="fsdp=4", **LORA))
+    outputs = (run.output, str(folder / LORA_OF_TWO))
+    found: dict[str, Any] = {Path(output).name: losses(output) for output in outputs}
+    found["printed"] = printed.getvalue()
     try:
         train(replace(run, steps=5 + int(index)))
     except ValueError as error:
