@@ -82,13 +82,21 @@ def ours(
 @pytest.mark.parametrize(
     ("N", "K", "S", "with_new"), [(6, 2, 24, True), (4, 4, 13, False), (4, 1, 8, True)]
 )
-@pytest.mark.parametrize("kind", ["xla", "splash_interpret"])
-def test_equals_the_reference(monkeypatch, kind: str, N: int, K: int, S: int, with_new: bool):
+@pytest.mark.parametrize(
+    ("kind", "gain"), [("xla", 0.0), ("xla", 100.0), ("splash_interpret", 1.0)]
+)
+def test_equals_the_reference(
+    monkeypatch, kind: str, gain: float, N: int, K: int, S: int, with_new: bool
+):
+    """On CPUs four samples one by one, and two at a time."""
     monkeypatch.setattr(decode_kernel, "_BLOCK", 8)
     monkeypatch.setattr(decode_rows, "_BLOCK", 8)
+    monkeypatch.setattr(decode_rows, "_GAIN", gain)
     jax.clear_caches()
     for seed in range(3):
-        arguments = (*case(seed, 3, N, K, S), with_new)
+        arguments = (*case(seed, 4, N, K, S), with_new)
+        two = 2 * arguments[1][0, 0, :, :8].nbytes
+        monkeypatch.setattr(decode_rows, "_BYTES_AT_ONCE", two)
         found = ours(*arguments, kind=kind)
         np.testing.assert_allclose(found, expected(*arguments), atol=2e-6)
         if not with_new:
