@@ -61,6 +61,8 @@ class _LossOfTokens:
 
     def __call__(self, params: Params, x_SLD: Array, labels_SL: Array) -> Array:
         head = partial(self.head.apply, {"params": params})
+        # Otherwise each chunk is cut out of the states of all devices' tokens, exchanged for it.
+        x_SLD = constrain(x_SLD, self.mesh, "batch", "length", None)
         return cross_entropy(_logits(head, x_SLD, self.mesh), labels_SL, self.z_loss)[0]
 
 
