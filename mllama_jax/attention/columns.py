@@ -50,5 +50,7 @@ def with_end_column(
 
 
 def _append(x: Array, column: Array) -> Array:
-    column = jnp.broadcast_to(column, (*x.shape[:-1], 1)).astype(x.dtype)
-    return jnp.concatenate([x, column], axis=-1)
+    """What is chosen element by element is computed along with what makes or reads it."""
+    size = x.shape[-1]
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 1)])
+    return jnp.where(jnp.arange(size + 1) == size, column.astype(x.dtype), x)
