@@ -4,7 +4,7 @@ Its own choice where weights are split over devices is to multiply each part of 
 ("windowed einsum"). The products that come of it are small: by the compiler's own schedules they
 take 1.5 to 2 times as long on v6e, 1.4 times on v5e. Told not to, it gathers weights whole while
 the chip computes; on v6e the sparse cores do that. On v5e gradients are still summed up part by
-part, since nothing else computes meanwhile there.
+part: the compiler hides no sums of whole ones there, and waiting for them costs more.
 """
 
 from collections.abc import Mapping
