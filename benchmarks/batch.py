@@ -2,6 +2,7 @@
 
     python benchmarks/batch.py --search        # 200 requests, three turns, both at their best
     python benchmarks/batch.py --quick
+    python benchmarks/batch.py --peer-python ENV/bin/python   # with current transformers
 
 Both sides read the same requests and pictures from disk, in float32 with the same weights, choose
 greedily, and must give the same tokens. transformers gets the requests sorted and batched; which
@@ -10,6 +11,7 @@ attention, order and batch size, and which sizes of our engine, are found on a p
 programs are timed one by one and compared with what the machine can do.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -196,10 +198,12 @@ def measure(arguments: Any) -> None:
     job = write_job(arguments.cache / "job", tokenizer, arguments.requests)
     ids = [record["custom_id"] for record in read_job(str(job))]
     some, alone = ids[:32], ids[:24]
-    inputs = {"folder": str(folder), "job": str(job), "cores": arguments.cores}
-    ours, peer = (Side(__file__, name, **inputs) for name in ("ours", "peer"))
+    inputs: dict[str, Any] = {"folder": str(folder), "job": str(job), "cores": arguments.cores}
+    ours = Side(__file__, "ours", **inputs)
+    peer = Side(__file__, "peer", python=arguments.peer_python or sys.executable, **inputs)
     probe = Side(__file__, "probe", cores=arguments.cores)
     report = Report(f"Mixed batch job, {len(ids)} requests, against transformers")
+    report.details["versions of the peer"] = peer.versions()
 
     best_peer, best_ours = PEER, OURS
     if arguments.search:

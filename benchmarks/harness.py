@@ -20,7 +20,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("mllama-jax", "jax", "jaxlib", "flax", "numpy", "torch", "transformers", "pillow")
+import numpy as np
+
+PACKAGES = (
+    "mllama-jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "numpy",
+    "torch",
+    "torchvision",
+    "transformers",
+    "pillow",
+)
 CLOCK = "BENCHMARK_CLOCK"
 clock = time.process_time if os.environ.get(CLOCK) == "cpu" else time.perf_counter
 """Of all measurements; processor time for machines that others use too (`--cpu-time`)."""
@@ -49,16 +61,19 @@ class Side:
         script: calls `serve` when it is started with ``--serve NAME``.
         name: of the side, for `serve`.
         cores: so many processors are used.
+        python: the interpreter, with the packages of its environment.
         settings: given to each task.
     """
 
-    def __init__(self, script: str, name: str, *, cores: int, **settings: Any):
+    def __init__(
+        self, script: str, name: str, *, cores: int, python: str = sys.executable, **settings: Any
+    ):
         self.name = name
         self._settings = settings
         limits = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(cores))
         limits["JAX_PLATFORMS"] = "cpu"
         self._process = subprocess.Popen(
-            [sys.executable, script, "--serve", name, "--cores", str(cores)],
+            [python, script, "--serve", name, "--cores", str(cores)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, **limits},
@@ -77,6 +92,10 @@ class Side:
             sys.exit(f"{self.name} ended with {self._process.wait()} during {task!r}")
         return Result(**json.loads(answer))
 
+    def versions(self) -> dict[str, str]:
+        """Of Python and of the packages that are compared, in its environment."""
+        return self.ask("versions").values
+
     def close(self) -> None:
         """Ends the process."""
         self._process.communicate()
@@ -85,6 +104,7 @@ class Side:
 def serve(tasks: Mapping[str, Task], cores: int) -> None:
     """Answers `Side.ask` until there are no more questions."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    tasks = {"versions": lambda **_: versions(), **tasks}
     # What libraries print must not get between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -176,15 +196,31 @@ class Report:
 
     Attributes:
         title: what was compared.
+        exact: both sides must compute the same.
         rows: the table.
         notes: lines below it.
         details: anything else worth keeping, for the JSON file.
     """
 
     title: str
+    exact: bool = True
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
+
+    def compare(
+        self, what: str, ours: Any, peer: Any, bound: float, relative: bool = False
+    ) -> None:
+        """Holds results of both sides against each other; notes the difference if it may be large.
+
+        Args:
+            bound: for the largest difference, of the largest magnitude if ``relative``.
+        """
+        error = float(np.abs(np.asarray(ours) - np.asarray(peer)).max())
+        error /= float(np.abs(peer).max()) if relative else 1
+        assert error <= bound or not self.exact, (what, error, bound)
+        if error > bound:
+            self.notes.append(f"{what}: results differ by up to {error:.1e}")
 
     def write(self, output: Path, cores: int) -> None:
         """Writes ``output`` with the endings .json and .md, and prints the table."""
@@ -263,6 +299,11 @@ def parser(description: str, name: str) -> argparse.ArgumentParser:
     options.add_argument("--quick", action="store_true", help="a small part, to see that it works")
     options.add_argument("--repeats", type=int, default=3, help="turns of each side")
     options.add_argument("--cores", type=int, default=2)
+    options.add_argument(
+        "--peer-python",
+        help="interpreter of an environment with this package and another version of transformers "
+        "to compare with; results may differ then, by how much is reported",
+    )
     output = Path("runs/benchmarks") / name
     options.add_argument(
         "--cpu-time",
