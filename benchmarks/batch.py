@@ -11,7 +11,6 @@ attention, order and batch size, and which sizes of our engine, are found on a p
 programs are timed one by one and compared with what the machine can do.
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from harness import (
     Result,
     Side,
     Spread,
+    add_peer_python,
     against_limit,
     against_peer,
     arguments_of,
@@ -178,6 +178,7 @@ def profile(report: Report, ours: Side, probe: Side, repeats: int, options: str)
 
 def main() -> None:
     parser = harness_parser(__doc__.splitlines()[0], "batch")
+    add_peer_python(parser)
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--search", action="store_true", help="look for the best settings first")
     parser.add_argument("--cache", type=Path, default=CACHE)
@@ -200,10 +201,10 @@ def measure(arguments: Any) -> None:
     some, alone = ids[:32], ids[:24]
     inputs: dict[str, Any] = {"folder": str(folder), "job": str(job), "cores": arguments.cores}
     ours = Side(__file__, "ours", **inputs)
-    peer = Side(__file__, "peer", python=arguments.peer_python or sys.executable, **inputs)
+    peer = Side(__file__, "peer", python=arguments.peer_python, **inputs)
     probe = Side(__file__, "probe", cores=arguments.cores)
     report = Report(f"Mixed batch job, {len(ids)} requests, against transformers")
-    report.details["versions of the peer"] = peer.versions()
+    report.notes.append(f"the peer: {peer.versions()}")
 
     best_peer, best_ours = PEER, OURS
     if arguments.search:

@@ -10,7 +10,6 @@ with the attention that is faster of eager and sdpa for the subject at hand. Dec
 tokens take longer than one.
 """
 
-import sys
 from functools import cache
 from typing import Any
 
@@ -20,6 +19,7 @@ from harness import (
     Result,
     Row,
     Side,
+    add_peer_python,
     against_limit,
     against_peer,
     arguments_of,
@@ -171,15 +171,13 @@ class Comparison:
 
     def __init__(self, folder: str, cores: int, repeats: int, peer_python: str | None):
         self.ours = Side(__file__, "ours", cores=cores, folder=folder)
-        self.peer = Side(
-            __file__, "peer", cores=cores, folder=folder, python=peer_python or sys.executable
-        )
+        self.peer = Side(__file__, "peer", cores=cores, folder=folder, python=peer_python)
         self.probe = Side(__file__, "probe", cores=cores)
         self.sizes = self.ours.ask("sizes").values
         self.repeats = repeats
         title = "Vision encoder, prefill and decoding, against transformers"
         self.report = Report(title, exact=not peer_python)
-        self.report.details["versions of the peer"] = self.peer.versions()
+        self.report.notes.append(f"the peer: {self.peer.versions()}")
         self._peaks: dict[str, list[Result]] = {"ours": [], "peer": []}
 
     def limits(self, kind: str) -> list[float]:
@@ -275,6 +273,7 @@ def _note_tokens(comparison: Comparison, batch_size: int, found: Any) -> None:
 
 def main() -> None:
     options = parser(__doc__.splitlines()[0], "generation")
+    add_peer_python(options)
     options.add_argument("--cache", default=CACHE)
     arguments = arguments_of(options)
     if arguments.serve:

@@ -61,19 +61,19 @@ class Side:
         script: calls `serve` when it is started with ``--serve NAME``.
         name: of the side, for `serve`.
         cores: so many processors are used.
-        python: the interpreter, with the packages of its environment.
+        python: the interpreter, with the packages of its environment; this one's if not given.
         settings: given to each task.
     """
 
     def __init__(
-        self, script: str, name: str, *, cores: int, python: str = sys.executable, **settings: Any
+        self, script: str, name: str, *, cores: int, python: str | None = None, **settings: Any
     ):
         self.name = name
         self._settings = settings
         limits = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(cores))
         limits["JAX_PLATFORMS"] = "cpu"
         self._process = subprocess.Popen(
-            [python, script, "--serve", name, "--cores", str(cores)],
+            [python or sys.executable, script, "--serve", name, "--cores", str(cores)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, **limits},
@@ -92,9 +92,9 @@ class Side:
             sys.exit(f"{self.name} ended with {self._process.wait()} during {task!r}")
         return Result(**json.loads(answer))
 
-    def versions(self) -> dict[str, str]:
+    def versions(self) -> str:
         """Of Python and of the packages that are compared, in its environment."""
-        return self.ask("versions").values
+        return ", ".join(f"{name} {number}" for name, number in self.ask("versions").values.items())
 
     def close(self) -> None:
         """Ends the process."""
@@ -299,11 +299,6 @@ def parser(description: str, name: str) -> argparse.ArgumentParser:
     options.add_argument("--quick", action="store_true", help="a small part, to see that it works")
     options.add_argument("--repeats", type=int, default=3, help="turns of each side")
     options.add_argument("--cores", type=int, default=2)
-    options.add_argument(
-        "--peer-python",
-        help="interpreter of an environment with this package and another version of transformers "
-        "to compare with; results may differ then, by how much is reported",
-    )
     output = Path("runs/benchmarks") / name
     options.add_argument(
         "--cpu-time",
@@ -313,3 +308,12 @@ def parser(description: str, name: str) -> argparse.ArgumentParser:
     options.add_argument("--output", type=Path, default=output, help=".json and .md are added")
     options.add_argument("--serve", help=argparse.SUPPRESS)
     return options
+
+
+def add_peer_python(options: argparse.ArgumentParser) -> None:
+    """The option of scripts that can take the peer from another environment."""
+    options.add_argument(
+        "--peer-python",
+        help="interpreter of an environment with this package and another version of transformers "
+        "to compare with; results may differ then, by how much is reported",
+    )

@@ -9,13 +9,12 @@ want them, on one core. Both sides' tiles are compared in the same run; of their
 faster one counts.
 """
 
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import Report, Side, against_peer, arguments_of, clock, parser, serve
+from harness import Report, Side, add_peer_python, against_peer, arguments_of, clock, parser, serve
 from models import CACHE
 from pictures import SIZES, write_pictures
 
@@ -88,8 +87,8 @@ SIDES = {"ours": ours_side, "peer": peer_side}
 def measure(files: dict[str, Path], repeats: int, peer_python: str | None) -> Report:
     report = Report("Pictures to tiles on one core, against transformers", exact=not peer_python)
     ours = Side(__file__, "ours", cores=1)
-    peer = Side(__file__, "peer", cores=1, python=peer_python or sys.executable)
-    report.details["versions of the peer"] = peer.versions()
+    peer = Side(__file__, "peer", cores=1, python=peer_python)
+    report.notes.append(f"the peer: {peer.versions()}")
     kinds = peer.ask("kinds").values["kinds"]
     for name, file in files.items():
         turns = []
@@ -113,6 +112,7 @@ def measure(files: dict[str, Path], repeats: int, peer_python: str | None) -> Re
 
 def main() -> None:
     options = parser(__doc__.splitlines()[0], "preprocessing")
+    add_peer_python(options)
     options.add_argument("--cache", type=Path, default=CACHE)
     arguments = arguments_of(options)
     if arguments.serve:

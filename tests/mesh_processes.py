@@ -18,6 +18,7 @@ import flax.traverse_util
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from processes import memory
 
 import mllama_jax as mj
 from mllama_jax.convert import load_params, save_params
@@ -149,20 +150,15 @@ def _load_large(folder: str) -> dict[str, int]:
     model = mj.MllamaTextModel(source.config)
     shardings = param_shardings(model, parse_mesh("fsdp=8"))
     Path("/proc/self/clear_refs").write_text("5")  # the peak is taken from here on
-    before = _memory("VmRSS")
+    before = memory("VmRSS")
     params = load_params(
         source, model.config, "text_model", param_dtype="bfloat16", shardings=shardings
     )
     table = params["embed_tokens"]["embedding"]
     return {
-        "peak": _memory("VmHWM") - before,
+        "peak": memory("VmHWM") - before,
         "held": sum(shard.data.nbytes for shard in table.addressable_shards),
     }
-
-
-def _memory(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
 if __name__ == "__main__":

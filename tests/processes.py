@@ -49,6 +49,12 @@ def results(processes: Sequence[subprocess.Popen]) -> list[Result]:
         return [future.result() for future in (found if len(done) == len(found) else done)]
 
 
+def memory(field: str) -> int:
+    """Bytes that the system counts for this process: VmRSS now, VmHWM at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
 def _result(process: subprocess.Popen) -> Result:
     with process:
         out, errors = process.communicate(timeout=480)

@@ -5,15 +5,10 @@ import sys
 from pathlib import Path
 
 import jax
+from processes import memory
 
 from mllama_jax import MllamaTextConfig
 from mllama_jax.convert import load_params
-
-
-def memory(field: str) -> int:
-    """Bytes of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
 def main(folder: str) -> dict[str, int]:
