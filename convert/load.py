@@ -137,7 +137,7 @@ def load_params(
         param_dtype: cast to float32, bfloat16 or float16; None keeps each leaf as it is stored
             (the widest dtype of its layers, should they differ).
         shardings: a tree like the result's, of `jax.sharding.Sharding`; None is the default device.
-        quantise: kernels of the decoder's layers become integers, and get a neighbour "scale". They
+        quantise: kernels of the decoder's layers are quantised, and get a neighbour "scale". They
             are made of the values that are stored, not of those cast to `param_dtype`, and are the
             same however they are split; a process reads all inputs of the outputs that it holds.
 

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import jax.numpy as jnp
 import numpy as np
 
 from mllama_jax.convert.errors import CheckpointError
@@ -13,7 +12,7 @@ from mllama_jax.convert.leaves import Aim, Leaf, aligned, copy_common
 from mllama_jax.convert.regrouped import Regrouped, groups
 from mllama_jax.convert.targets.target import row_blocks
 from mllama_jax.convert.values import in_threads
-from mllama_jax.quantisation import Quantisation, quantised, scale_shape
+from mllama_jax.quantisation import STORED, Quantisation, quantised, scale_shape
 
 # Of a tensor as it is stored; each thread has one such block in memory, in float32 several times.
 _BLOCK_BYTES = 2**23
@@ -21,7 +20,7 @@ _BLOCK_BYTES = 2**23
 
 @dataclass(frozen=True)
 class QuantisedLeaf:
-    """A kernel's integers and scales, read by regions of either.
+    """A kernel's values in few bits and their scales, read by regions of either.
 
     Attributes:
         leaf: the kernel as floating-point numbers.
@@ -37,7 +36,7 @@ class QuantisedLeaf:
 
     @property
     def dtype(self) -> np.dtype:
-        return jnp.dtype(self.kind)
+        return STORED[self.kind]
 
     @cached_property
     def scale_shape(self) -> tuple[int, ...]:
@@ -54,7 +53,7 @@ class QuantisedLeaf:
     def read(
         self, regions: Sequence[Region], scale_regions: Sequence[Region]
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """The integers of regions, and the scales of others.
+        """The values of regions, and the scales of others.
 
         A scale is of all inputs of its group, also where a region has a part of them: every block
         that is read has whole inputs, and as many outputs as fit.

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from mllama_jax.execution import Execution
 from mllama_jax.products import weight_product
-from mllama_jax.quantisation import Quantisation, product, scale_shape
+from mllama_jax.quantisation import STORED, Quantisation, product, scale_shape
 from mllama_jax.shapes import Array
 from mllama_jax.sharding import constrain
 
@@ -55,10 +55,11 @@ class Projection(nn.DenseGeneral):
         value = super().param(name, *args, **kwargs)
         if self.is_initializing():
             return value
-        if jnp.issubdtype(value.dtype, jnp.integer):
+        kind = next((kind for kind, dtype in STORED.items() if value.dtype == dtype), None)
+        if kind is not None:
             raise ValueError(
                 f"{'/'.join(self.path)}/{name} is {value.dtype}: these parameters are quantised "
-                f"and the model is not; load both with quantise={str(value.dtype)!r}"
+                f"and the model is not; load both with quantise={kind!r}"
             )
         if self.mesh is None:
             return value
@@ -98,7 +99,8 @@ class QuantisedProjection(nn.Module):
             scales = scale_shape(self.kind, shape, self.features)
         except ValueError as error:
             raise ValueError(f"{'/'.join(self.path)}/kernel: {error}") from None
-        kernel = self._weights("kernel", self.weight_axes, (*shape, *self.features), self.kind)
+        stored = STORED[self.kind]
+        kernel = self._weights("kernel", self.weight_axes, (*shape, *self.features), stored)
         axes = self.weight_axes[-len(self.features) :]
         if len(scales) > len(axes):
             *outer, innermost = self.weight_axes[: self.contract]

@@ -143,8 +143,8 @@ class PretrainedModule(nn.Module):
             holds all parameters), ``fsdp`` (splits every matrix on its hidden size) and ``tensor``
             (splits heads, feed-forward width and vocabulary).
           hf_masked_rows, attention, remat: see the class.
-          quantise: ``"int8"`` or ``"int4"`` stores the decoder layers' kernels so, and computes
-            with what they stand for (`mllama_jax.quantisation`); all other parameters stay as they
+          quantise: ``"int8"``, ``"int4"`` or ``"nf4"`` stores the decoder layers' kernels so, and
+            computes with what they stand for (`mllama_jax.quantisation`); all other parameters stay as they
             are. They are the same on every mesh.
           revision: of a hub id.
 

@@ -112,8 +112,8 @@ def weight_errors(params: Params, quantised_params: Params) -> dict[str, tuple[f
     quantised = flax.traverse_util.flatten_dict(quantised_params)
     return {
         "/".join(path): tuple(
-            float(_decibels(weights, integers, scale))
-            for weights, integers, scale in zip(
+            float(_decibels(weights, values, scale))
+            for weights, values, scale in zip(
                 flat[path], kernel, quantised[*path[:-1], "scale"], strict=True
             )
         )
@@ -123,7 +123,7 @@ def weight_errors(params: Params, quantised_params: Params) -> dict[str, tuple[f
 
 
 @jax.jit
-def _decibels(weights: Array, integers: Array, scale: Array) -> Array:
+def _decibels(weights: Array, values: Array, scale: Array) -> Array:
     weights = weights.astype(jnp.float32)
-    noise = weights - dequantised(integers, scale, num_inputs_of(integers, scale))
+    noise = weights - dequantised(values, scale, num_inputs_of(values, scale))
     return 10 * jnp.log10(jnp.square(weights).sum() / jnp.square(noise).sum())

@@ -273,7 +273,7 @@ def test_schedules(schedule: str, expected: list[float]):
         ("optimizer.microbatches=3", "expected a divisor of data.batch_size=8"),
         ("optimizer.z_loss=-1", "optimizer.z_loss=-1.0: expected 0 or more"),
         ("optimizer.moment_dtype=int8", "optimizer.moment_dtype='int8': expected float32 or"),
-        ("model.quantise=nf4", "model.quantise='nf4': expected int8 or int4, or null"),
+        ("model.quantise=int3", "model.quantise='int3': expected one of int8, int4, nf4, or null"),
     ],
 )
 def test_mistakes_are_explained(tmp_path: Any, word: str, expected: str):

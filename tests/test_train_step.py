@@ -203,7 +203,7 @@ def test_adapters_beside_integers_have_the_gradients_of_what_these_stand_for(
     state, metrics = train_step(state, BATCH, frozen, model=model, recipe=LORA)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=2e-6)
     assert largest_difference(gradients_of(state), expected) < 1e-4
-    with pytest.raises(ValueError, match="stores cross_attention as integers"):
+    with pytest.raises(ValueError, match="stores cross_attention in few bits"):
         start(model, integers, replace(ALL, trained=TrainedConfig()), 0)
 
 

@@ -1,4 +1,4 @@
-"""Weights of the decoder's layers as int8 and int4: how they are made, and what comes out."""
+"""Weights of the decoder's layers in few bits: how they are made, and what comes out."""
 
 import json
 import math
@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from asking import (
     whole_messages,
 )
 from processes import results, start
+from scipy.stats import norm
 from tiny_checkpoint import arrays, save_tensors
 from tiny_model import random_params
 
@@ -39,7 +41,7 @@ from mllama_jax.convert import CheckpointError, quantising
 from mllama_jax.convert.table import tensors
 from mllama_jax.plan.job import Job
 from mllama_jax.plan.programs import bytes_a_device, make_model, placed_params
-from mllama_jax.quantisation import product, quantised
+from mllama_jax.quantisation import NORMAL_FLOATS, dequantised, product, quantised
 from mllama_jax.quantisation_report import compare, weight_errors
 from mllama_jax.sharding import parse_mesh
 from mllama_jax.train.components import joined
@@ -48,7 +50,8 @@ from mllama_jax.train.settings import LoraConfig, Recipe, TrainedConfig
 from mllama_jax.train.step import start as start_training
 
 MODEL = EXAMPLE / "model"
-KINDS = ("int8", "int4")
+KINDS = ("int8", "int4", "nf4")
+DTYPES = {"int8": jnp.int8, "int4": jnp.int4, "nf4": jnp.uint4}
 QUANTISED = re.compile(
     r"language_model.*\.layers\.\d+\.(self_attn|cross_attn|mlp)\..*_proj\.weight"
 )
@@ -56,18 +59,38 @@ GROUPS = {"q": 32, "k": 32, "v": 32, "gate": 32, "up": 32, "o": 16, "down": 64}
 """Of the example model's projections: 96 hidden, 192 feed-forward, heads of 16."""
 
 
+def normal_floats() -> np.ndarray:
+    """As the paper derives them: quantiles, of which seven are below zero and eight above."""
+    outermost = 0.9677083  # (1 - 1/30 + 1 - 1/32) / 2
+    below = -norm.ppf(np.linspace(outermost, 0.5, 8)[:-1])
+    above = norm.ppf(np.linspace(outermost, 0.5, 9)[:-1])
+    return np.sort([*below, 0, *above]) / above.max()
+
+
+TABLES = {"int8": np.arange(-127.0, 128), "int4": np.arange(-7.0, 8), "nf4": normal_floats()}
+
+
 def defined(weights: np.ndarray, kind: str, group: int) -> tuple[np.ndarray, np.ndarray]:
-    """Integers and weights of a stored matrix (outputs, inputs), in float64 and with loops."""
-    largest, group = (127, weights.shape[1]) if kind == "int8" else (7, group)
-    integers, values = np.zeros(weights.shape, int), np.zeros(weights.shape)
+    """Values and weights of a stored matrix (outputs, inputs), in float64 and with loops."""
+    table, group = TABLES[kind], weights.shape[1] if kind == "int8" else group
+    values, meant = np.zeros(weights.shape), np.zeros(weights.shape)
     for output, row in enumerate(weights.astype(np.float64)):
         for start_ in range(0, len(row), group):
             span = slice(start_, start_ + group)
-            scale = float(np.float32(np.abs(row[span]).max()) / np.float32(largest))
+            scale = float(np.float32(np.abs(row[span]).max()) / np.float32(table[-1]))
             if scale > 0:
-                integers[output, span] = np.clip(np.rint(row[span] / scale), -largest, largest)
-            values[output, span] = integers[output, span] * scale
-    return integers, values
+                values[output, span] = table[distances(row[span] / scale, kind).argmin(1)]
+            meant[output, span] = values[output, span] * scale
+    return values, meant
+
+
+def distances(ratios: np.ndarray, kind: str) -> np.ndarray:
+    """From each value of the table, on a last axis."""
+    return np.abs(ratios[..., None] - TABLES[kind])
+
+
+def values_of(stored: np.ndarray, kind: str) -> np.ndarray:
+    return TABLES["nf4"][stored.astype(int)] if kind == "nf4" else stored.astype(float)
 
 
 def replaced(stored: dict[str, np.ndarray], kind: str) -> dict[str, np.ndarray]:
@@ -129,26 +152,28 @@ def test_integers_and_scales_are_as_defined(kind, inputs, outputs, dtype):
     weights = random.normal(size=(*inputs, *outputs)).astype(dtype)
     weights[..., -1] = 0
     weights.reshape(-1, math.prod(outputs))[5, 0] = 100
-    integers, scale = quantised(weights, kind, len(inputs))
-    assert (integers.dtype, scale.dtype) == (jnp.dtype(kind), np.float32)
-    group = min(inputs[-1], 128)
+    stored, scale = quantised(weights, kind, len(inputs))
+    assert (stored.dtype, scale.dtype) == (DTYPES[kind], np.float32)
+    group = min(inputs[-1], 64 if kind == "nf4" else 128)
     as_stored = weights.reshape(-1, math.prod(outputs)).T
-    expected, values = defined(as_stored, kind, group)
-    found = integers.astype(int).reshape(-1, math.prod(outputs))
-    assert np.abs(found).max() == {"int8": 127, "int4": 7}[kind]
+    expected, meant = defined(as_stored, kind, group)
+    found = values_of(stored, kind).reshape(-1, math.prod(outputs))
+    assert np.abs(found).max() == TABLES[kind][-1]
     spread = np.repeat(
-        scale.reshape(-1, math.prod(outputs)), group if kind == "int4" else 1, axis=0
+        scale.reshape(-1, math.prod(outputs)), 1 if kind == "int8" else group, axis=0
     )
     # Half of a step may be rounded either way by the division in float32.
     ratios = as_stored.T.astype(np.float64) / np.where(spread > 0, spread, 1)
-    is_half = np.abs(np.abs(ratios - np.floor(ratios)) - 0.5) < 1e-5
+    nearest = np.sort(distances(ratios, kind))
+    is_half = nearest[..., 1] - nearest[..., 0] < 2e-5
     assert ((found == expected.T) | is_half).all()
     assert is_half.mean() < 0.01
-    assert (np.abs(as_stored.T.astype(np.float64) - found * spread) <= 0.501 * spread).all()
-    np.testing.assert_allclose(found * spread, values.T, atol=1.001 * spread.max() * is_half.any())
+    step = np.diff(TABLES[kind]).max() * spread
+    assert (np.abs(as_stored.T.astype(np.float64) - found * spread) <= 0.501 * step).all()
+    np.testing.assert_allclose(found * spread, meant.T, atol=1.001 * step.max() * is_half.any())
     x = random.normal(size=(2, *inputs)).astype(np.float32)
     expected_product = x.reshape(2, -1) @ (found * spread.astype(np.float64))
-    result = product(x, jnp.asarray(integers), scale, len(inputs), jnp.float32)
+    result = product(x, jnp.asarray(stored), scale, len(inputs), jnp.float32)
     np.testing.assert_allclose(
         np.asarray(result).reshape(2, -1),
         expected_product,
@@ -163,8 +188,28 @@ def test_sums_of_int8_do_not_overflow_float16():
     np.testing.assert_allclose(result, 40.96, rtol=1e-3)
 
 
-def test_two_int4_share_a_byte():
-    values = np.arange(-8, 8, dtype=np.int8).repeat(64).reshape(4, 8, 32).astype(jnp.int4)
+def test_normal_floats_are_those_of_bitsandbytes():
+    """Also what is made of weights, where the rounding of a division does not decide."""
+    stored = arrays(MODEL)["language_model.model.layers.4.mlp.down_proj.weight"]
+    packed, state = bitsandbytes.functional.quantize_4bit(
+        torch.from_numpy(stored.copy()), blocksize=64, quant_type="nf4"
+    )
+    expected = np.stack([packed.numpy() >> 4, packed.numpy() & 15], -1).reshape(stored.shape)
+    kernel, scale = quantised(stored.T, "nf4", 1)
+    np.testing.assert_array_equal(scale.T.ravel(), state.absmax)
+    np.testing.assert_array_equal(np.float32(NORMAL_FLOATS), state.code)
+    np.testing.assert_allclose(NORMAL_FLOATS, TABLES["nf4"], atol=1e-7)
+    different = kernel.T.astype(int) != expected
+    assert different.mean() < 1e-4
+    weights = bitsandbytes.functional.dequantize_4bit(packed, state).numpy()
+    found = np.asarray(dequantised(kernel, scale, 1)).T
+    np.testing.assert_array_equal(found[~different], weights[~different])
+
+
+@pytest.mark.parametrize("dtype", [jnp.int4, jnp.uint4])
+def test_two_numbers_of_four_bits_share_a_byte(dtype):
+    least = jnp.iinfo(dtype).min
+    values = np.arange(least, least + 16).repeat(64).reshape(4, 8, 32).astype(dtype)
     array = jax.device_put(values)
     np.testing.assert_array_equal(np.asarray(array).astype(int), values.astype(int))
     compiled = jax.jit(lambda x: x.astype(jnp.int8) + jnp.int8(1)).lower(array).compile()
@@ -189,7 +234,7 @@ def test_only_the_kernels_of_the_decoders_layers_change(kind, loaded):
     assert len(integers) == 3 * 7  # blocks of a unit, projections of each
     for name, value in before.items():
         if name in integers:
-            assert found.pop(name).dtype == jnp.dtype(kind)
+            assert found.pop(name).dtype == DTYPES[kind]
             assert found.pop(name.removesuffix("kernel") + "scale").dtype == jnp.float32
         else:
             now = found.pop(name)
@@ -207,7 +252,7 @@ def test_blocks_and_stored_dtypes_do_not_matter(kind, monkeypatch):
     monkeypatch.setattr(quantising, "_BLOCK_BYTES", 1000)
     _, found = mj.MllamaForCausalLM.from_pretrained(MODEL, quantise=kind, param_dtype="bfloat16")
     expected, found = map(flax.traverse_util.flatten_dict, (expected, found))
-    integers = [path for path, value in expected.items() if value.dtype == jnp.dtype(kind)]
+    integers = [path for path, value in expected.items() if value.dtype == DTYPES[kind]]
     assert len(integers) == 3 * 7
     for path in (*integers, *((*path[:-1], "scale") for path in integers)):
         assert np.asarray(found[path]).tobytes() == np.asarray(expected[path]).tobytes(), path
@@ -251,14 +296,14 @@ def test_parts_on_a_mesh_are_bit_for_bit_those_of_one_device(kind, mesh, sharded
         for part in ("kernel", "scale")
     )
     # Two heads, as ever, and scales: those of outputs that are not split, and those of 256 inputs
-    # in two groups and of 224 in seven, which eight devices can't divide.
+    # in two groups or four and of 224 in seven, which eight devices can't divide.
     assert kernels == ({"k_proj", "v_proj"} if mesh == "tensor=8" else set())
     unsplit = {
         "fsdp=8": {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"},
         "tensor=8": {"k_proj", "v_proj", "o_proj", "down_proj"},
         "data=2,fsdp=2,tensor=2": set(),
     }[mesh]
-    assert scales == (unsplit - {"o_proj"} if kind == "int4" else unsplit)
+    assert scales == (unsplit if kind == "int8" else unsplit - {"o_proj"})
 
 
 def test_a_host_never_holds_the_kernel_in_float32(tmp_path):
@@ -342,7 +387,7 @@ def test_the_report_of_the_example_model(loaded):
     given = [{**inputs, "labels": labels}]
     found = {kind: compare(*loaded["float32"], *loaded[kind], given) for kind in KINDS}
     assert found["int8"].tokens == (labels[:, 1:] != -100).sum()
-    assert 0 < found["int8"].mean_kl < 1e-2 < found["int4"].mean_kl
+    assert 0 < found["int8"].mean_kl < 1e-2 < found["nf4"].mean_kl < found["int4"].mean_kl
     assert found["int8"].mean_kl < found["int8"].max_kl
     assert found["int8"].top1_agreement > 0.95
     # The definition, in float64.
@@ -358,7 +403,7 @@ def test_the_report_of_the_example_model(loaded):
     assert found["int4"].quantised_perplexity == pytest.approx(np.exp(-chosen.mean()), rel=1e-4)
 
 
-@pytest.mark.parametrize(("kind", "ratios"), [("int8", (35, 50)), ("int4", (14, 24))])
+@pytest.mark.parametrize(("kind", "ratios"), [("int8", (35, 50)), ("int4", (14, 24)), ("nf4", (15, 25))])
 def test_errors_of_the_weights(kind, ratios, loaded):
     found = weight_errors(LOADED[1], loaded[kind][1])
     assert len(found) == 3 * 7
@@ -384,7 +429,7 @@ def test_what_can_not_be_quantised_is_refused_by_name(tmp_path):
     ]
     with pytest.raises(ValueError, match=r"layers/block_0/mlp/down_proj/kernel: .* 228"):
         model.clone(quantise="int4").param_shapes()
-    with pytest.raises(ValueError, match=r"quantise='int3': expected one of int8, int4"):
+    with pytest.raises(ValueError, match=r"quantise='int3': expected one of int8, int4, nf4"):
         model.clone(quantise="int3")
     with pytest.raises(ValueError, match="MllamaVisionModel has no decoder layers"):
         mj.MllamaVisionModel.from_pretrained(MODEL, quantise="int8")
@@ -413,7 +458,7 @@ def test_quantised_parameters_are_for_inference(loaded, tmp_path):
     adapters = init_adapters(model, lora_recipe("*/q_proj"), jax.random.key(0))
     with pytest.raises(ValueError, match=r"kernel is quantised \(int8\)"):
         merged(params, adapters, LoraConfig())
-    with pytest.raises(ValueError, match=r"stores .*self_attention as integers, which can't be"):
+    with pytest.raises(ValueError, match=r"stores .*self_attention in few bits, which can't be"):
         start_training(model, params, Recipe(1, trained=TrainedConfig("all")), 0)
 
 

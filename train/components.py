@@ -71,7 +71,7 @@ def split(model: PretrainedModule, params: Params, config: TrainedConfig) -> tup
         (trained if is_trained else frozen)[path] = leaf
     if refused:
         raise ValueError(
-            f"model.quantise stores {', '.join(sorted(refused))} as integers, which can't be "
+            f"model.quantise stores {', '.join(sorted(refused))} in few bits, which can't be "
             f"trained: give {'it' if len(refused) == 1 else 'them'} mode lora or frozen (as the "
             "preset lora does), or leave out model.quantise"
         )

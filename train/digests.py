@@ -27,7 +27,7 @@ def _digests(tree: Any) -> dict[str, Array]:
 def _digest(x: Array) -> Array:
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
-    if x.dtype == jnp.int4:
+    if x.dtype in (jnp.int4, jnp.uint4):
         x = x.astype(jnp.int8)
     unsigned = _UNSIGNED[x.dtype.itemsize]
     bits = x.astype(unsigned) if x.dtype == bool else jax.lax.bitcast_convert_type(x, unsigned)

@@ -175,7 +175,7 @@ def model_problems(config: ModelConfig) -> Iterator[str]:
     yield from _choice("model.attention", config.attention, ATTENTION_KINDS)
     yield from _choice("model.remat", config.remat, tuple(REMAT_POLICIES))
     if config.quantise is not None and config.quantise not in LARGEST:
-        yield f"model.quantise={config.quantise!r}: expected {' or '.join(LARGEST)}, or null"
+        yield f"model.quantise={config.quantise!r}: expected one of {', '.join(LARGEST)}, or null"
     if config.images_at_once is not None and config.images_at_once < 1:
         yield (
             f"model.images_at_once={config.images_at_once!r}: expected a number above 0, or null "

@@ -6,7 +6,7 @@ from typing import Any, Literal
 # Said here a second time, so that --help need not load JAX.
 Attention = Literal["xla", "splash", "cudnn", "reference"]
 Dtype = Literal["float32", "bfloat16", "float16"]
-Quantise = Literal["int8", "int4"]
+Quantise = Literal["int8", "int4", "nf4"]
 
 
 def print_choices(model: Any) -> None:
