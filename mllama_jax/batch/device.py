@@ -99,7 +99,9 @@ class Device:
         self._start(logits, 0, 1, rules)
         self._copy_prompt(0, 0, 1)
         for with_images in (False, True):
-            self._decode(np.ones(options.num_slots, bool), 1, with_images=with_images)
+            self._decode(
+                np.ones(options.num_slots, bool), 1, enough=1, with_images=with_images
+            )
 
     def encode(self, pictures: Sequence[PreparedPicture]) -> None:
         """Runs the vision encoder over the pictures that it has not seen lately."""
@@ -247,31 +249,42 @@ class Device:
         self._slots = self._run.copy_prompt(self._model, self._slots, *numbers)
 
     def decode(
-        self, owners: Mapping[int, Answering], *, masks: Mapping[int, np.ndarray], one_step: bool
+        self,
+        owners: Mapping[int, Answering],
+        *,
+        masks: Mapping[int, np.ndarray],
+        one_step: bool,
+        is_wanted: bool,
     ) -> Chunk:
         """New tokens of the slots that have an owner; all others are ended.
 
         Args:
             masks: of the guided slots, `Guide.mask`.
+            is_wanted: requests wait for slots, so it ends once there are some.
         """
         if masks:
             self._guide(masks)
         stopped = np.ones(self._options.num_slots, bool)
         stopped[list(owners)] = False
+        num_slots = self._options.num_slots
         return self._decode(
             stopped,
             1 if one_step else self._options.decode_steps,
+            # One in many is a part of what is used well, and looking takes time.
+            enough=max(1, num_slots // 8) if is_wanted else num_slots,
             with_images=any(answer.job.prepared.pictures for answer in owners.values()),
         )
 
-    def _decode(self, stopped: np.ndarray, limit: int, *, with_images: bool) -> Chunk:
+    def _decode(
+        self, stopped: np.ndarray, limit: int, *, enough: int, with_images: bool
+    ) -> Chunk:
         self._programs.add(("decode", with_images))
         self._slots, chunk = self._run.decode(
             self._model,
             self._params,
             self._slots,
             self._is_eos,
-            *self._placed(stopped, np.int32(limit)),
+            *self._placed(stopped, np.int32(limit), np.int32(enough)),
             num_steps=self._options.decode_steps,
             with_images=with_images,
         )

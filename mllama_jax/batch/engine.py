@@ -1,7 +1,8 @@
 """The engine: requests of any length and any number of pictures in, answers out as they finish.
 
-A fixed number of slots is kept busy. The host only decides who gets a slot and reads, one dispatch
-late, what became of it; every token is chosen on the device.
+A fixed number of slots is kept busy. The host decides who gets a slot, as soon as it sees that one
+is free; every token is chosen on the device. What an answer says is read while the device works on
+what comes next.
 """
 
 from collections import deque
@@ -38,6 +39,24 @@ class _Dispatch:
 
     owners: tuple[tuple[int, Sequence], ...]
     chunk: Chunk
+
+
+@dataclass(frozen=True)
+class _News:
+    """Tokens that a slot has got since.
+
+    Attributes:
+        logprobs: of all slots, if this one's request asks for them.
+        row: the slot's, in these.
+        is_last: whether nothing more is to come.
+    """
+
+    slot: int
+    sequence: Sequence
+    tokens: list[int]
+    logprobs: Logprobs | None
+    row: int
+    is_last: bool
 
 
 class Engine:
@@ -105,6 +124,7 @@ class Engine:
         self._read: list[Job | None] = [None] * self.options.num_slots
         self._waiting: deque[Sequence] = deque()
         self._dispatched: deque[_Dispatch] = deque()
+        self._unread: deque[_News] = deque()
         self._answers: deque[Answer | Failure] = deque()
 
     @property
@@ -155,10 +175,13 @@ class Engine:
             while True:
                 yield from self._take_in(feeder)
                 self._fill_slots()
-                self._decode()
+                self._decode(is_wanted=bool(self._waiting) or not feeder.is_empty)
+                # The device is at work meanwhile.
+                self._hear()
                 after_step()
                 while self._answers:
                     yield self._answers.popleft()
+                self._look()
                 if not self._is_busy and (self._stopping or feeder.is_empty):
                     return
         finally:
@@ -168,7 +191,7 @@ class Engine:
     @property
     def _is_busy(self) -> bool:
         return bool(
-            self._dispatched
+            self._unread
             or (self._waiting and not self._stopping)
             or any(sequence is not None for sequence in self._occupied)
         )
@@ -268,12 +291,13 @@ class Engine:
                 self._read[slot] = job
             self._dispatched.append(_Dispatch(((slot, sequence),), chunk))
 
-    def _decode(self) -> None:
+    def _decode(self, *, is_wanted: bool) -> None:
         sequences = [sequence for sequence in self._occupied if sequence is not None]
         is_guided = any(sequence.guide is not None for sequence in sequences)
         if is_guided:
-            # What may come next depends on what came last, which the host has to see first.
-            self._hear(until=0)
+            # What may come next depends on what came last, which the host has to read first.
+            self._look()
+            self._hear()
         masks = self._next_masks()
         owners = tuple(
             (slot, sequence)
@@ -281,10 +305,13 @@ class Engine:
             if sequence is not None and sequence.is_filled
         )
         if owners:
-            chunk = self._device.decode(dict(owners), masks=masks, one_step=is_guided)
+            chunk = self._device.decode(
+                dict(owners),
+                masks=masks,
+                one_step=is_guided,
+                is_wanted=is_wanted and not self._stopping,
+            )
             self._dispatched.append(_Dispatch(owners, chunk))
-        # The device works on the newest while the host reads what is older.
-        self._hear(until=1 if owners else 0)
 
     def _next_masks(self) -> dict[int, np.ndarray]:
         """What guided slots may go on with; requests whose form can't be kept to fail."""
@@ -300,38 +327,47 @@ class Engine:
 
     # Devices → answers
 
-    def _hear(self, until: int) -> None:
-        """Reads new tokens until so many dispatches are left."""
-        while len(self._dispatched) > until:
+    def _look(self) -> None:
+        """Waits for the device, and frees the slots that have come to their end."""
+        while self._dispatched:
             dispatch = self._dispatched.popleft()
             wants_logprobs = any(s.job.options.logprobs is not None for _, s in dispatch.owners)
             packed, logprobs = jax.device_get(
                 (dispatch.chunk.packed, dispatch.chunk.logprobs if wants_logprobs else None)
             )
             for row, (slot, sequence) in enumerate(dispatch.owners):
-                if sequence.is_done:  # by a stop string, after this was dispatched
-                    continue
                 if len(packed) > 1:
                     row = slot
                 *tokens, count, goes_on = packed[row].tolist()
-                try:
-                    self._push(sequence, tokens[:count], logprobs, row)
-                except RequestError as error:
-                    self._fail(sequence.job, error)
-                    continue
-                sequence.is_done = sequence.is_done or not goes_on
-                if sequence.is_done:
-                    self._finish(slot, sequence)
+                news = _News(slot, sequence, tokens[:count], logprobs, row, not goes_on)
+                self._unread.append(news)
+                if news.is_last:
+                    self._free(slot, sequence)
 
-    def _push(
-        self, sequence: Sequence, tokens: list[int], logprobs: Logprobs | None, row: int
-    ) -> None:
-        job = sequence.job
+    def _hear(self) -> None:
+        """Takes in the tokens that have been seen."""
+        while self._unread:
+            news = self._unread.popleft()
+            sequence = news.sequence
+            if sequence.is_done:  # by a stop string, after this was dispatched
+                continue
+            try:
+                self._push(news)
+            except RequestError as error:
+                self._fail(sequence.job, error)
+                continue
+            sequence.is_done = sequence.is_done or news.is_last
+            if sequence.is_done:
+                self._finish(news.slot, sequence)
+
+    def _push(self, news: _News) -> None:
+        sequence, job = news.sequence, news.sequence.job
         job.first_token = job.first_token or job.seconds()
-        for column, token in enumerate(tokens[: sequence.limit]):
+        for column, token in enumerate(news.tokens[: sequence.limit]):
             logprob = None
-            if job.options.logprobs is not None and logprobs is not None:
-                logprob = token_logprob(token, logprobs, (row, column), job.options.logprobs)
+            if job.options.logprobs is not None and news.logprobs is not None:
+                where = (news.row, column)
+                logprob = token_logprob(token, news.logprobs, where, job.options.logprobs)
             self._tokens_out += 1
             if sequence.push(token, logprob):
                 sequence.is_done = True
@@ -345,6 +381,7 @@ class Engine:
                 self._occupied[slot] = None
         self._filling = deque(item for item in self._filling if item[1].job is not job)
         self._waiting = deque(sequence for sequence in self._waiting if sequence.job is not job)
+        self._unread = deque(news for news in self._unread if news.sequence.job is not job)
         self._forget(job)
         self._failed += 1
         self._answers.append(Failure(job.prepared.request.custom_id, error))
@@ -353,9 +390,14 @@ class Engine:
         """Nobody copies its prompt any more."""
         self._read = [None if read is job else read for read in self._read]
 
+    def _free(self, slot: int, sequence: Sequence) -> None:
+        """Unless the slot has been given to another already."""
+        if self._occupied[slot] is sequence:
+            self._occupied[slot] = None
+
     def _finish(self, slot: int, sequence: Sequence) -> None:
         """Frees the slot; the request is answered when this was the last of its answers."""
-        self._occupied[slot] = None
+        self._free(slot, sequence)
         job = sequence.job
         job.choices[sequence.index] = sequence.choice()
         if len(job.choices) < job.options.n:

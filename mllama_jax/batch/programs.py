@@ -260,6 +260,7 @@ def decode(
     is_eos: Bool[Array, " W"],
     stopped: Bool[Array, " B"],
     limit: Int[Array, ""],
+    enough: Int[Array, ""],
     *,
     num_steps: int,
     with_images: bool,
@@ -270,18 +271,21 @@ def decode(
         is_eos: the model's end tokens.
         stopped: slots that the host has ended.
         limit: at most ``num_steps``.
+        enough: once so many slots have come to their end, the others are not gone on with.
         num_steps: columns of the result.
         with_images: False if no active slot has a picture.
     """
     B = slots.last.shape[0]
     whole_cache = slots.cache
     slots = replace(slots, active=slots.active & ~stopped)
+    num_active = slots.active.sum()
     if not with_images:
         cache = replace(whole_cache, cross_keys=None, cross_values=None, num_image_tokens=0)
         slots = replace(slots, cache=cache)
 
     def goes_on(carry: tuple[Array, Slots, Chunk]) -> Array:
-        return (carry[0] < limit) & jnp.any(carry[1].active)
+        still_active = carry[1].active.sum()
+        return (carry[0] < limit) & (still_active > 0) & (num_active - still_active < enough)
 
     def add_token(carry: tuple[Array, Slots, Chunk]) -> tuple[Array, Slots, Chunk]:
         i, slots, chunk = carry
