@@ -31,9 +31,13 @@ LAYERS = {
 CASES = [
     # checkpoint, mesh, rows of the batch that is generated
     *[("scanned", mesh, 8) for mesh in ("tensor=8", "data=2,fsdp=2,tensor=2")],
+    ("aperiodic", "fsdp=8", 8),
 ]
-# Two rows are split over data only: between the processes.
-TWO_PROCESSES = [("aperiodic", "data=2,fsdp=2,tensor=2", 2)]
+TWO_PROCESSES = [
+    # Two rows are split over data only: between the processes.
+    ("aperiodic", "data=2,fsdp=2,tensor=2", 2),
+    ("scanned", "fsdp=4,tensor=2", 8),
+]
 MODEL = Path(__file__).parents[1] / "examples" / "digits" / "model"
 COMMAND = ["generate", "--model", str(MODEL), "--prompt", "3 plus 4?", "--max-new-tokens", "9"]
 
