@@ -24,6 +24,10 @@ RUNS = {
         *(*TINY, "--task", "prefill", "--topology", "v5e:1x1", "--images", "0"),
         *("--attention", "reference", "--length", "32768"),
     ),
+    "no such kernel": (
+        *(*TINY, "--task", "prefill", "--topology", "v5e:1x1"),
+        *("--dtype", "float16"),
+    ),
     "refused at once": (*TINY, "--task", "decode", "--topology", "v5e:1x1", "--batch", "8192"),
     "training refused at once": ("--no-cache", "--topology", "v5e:1x1"),
     "no such topology": (*TINY, "--topology", "v5e:3x5"),

@@ -193,6 +193,7 @@ def test_full_training_of_11b_on_one_chip(runs):
         ("another mesh", ["fsdp=7", "8"]),
         ("batch between groups", ["batch=12", "fsdp=8", "a multiple of 8"]),
         ("no such model", ["nothing", "11b, 90b", "config.json"]),
+        ("no such kernel", ["prefill", "v5e:1x1", "float16", "splash", "Invalid vector type"]),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_the_reason(runs, name, said):

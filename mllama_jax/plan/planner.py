@@ -50,7 +50,8 @@ def plan(job: Job, *, folder: Path | None = None, quiet: bool = True) -> Plan:
     Raises:
         ImportError: the TPU compiler is not installed.
         ValueError: the topology is unknown; the mesh is not made of its devices, or does not
-            divide the parameters or the batch; the model is unknown.
+            divide the parameters or the batch; the model is unknown; the compiler refuses the
+            program, other than for its memory.
     """
     topology = parse_topology(job.topology)
     config = find_config(job.model)
@@ -96,7 +97,7 @@ def _answer(
     if memory.fits:
         started = time.monotonic()
         with reported(f"compiling {job.model} {job.task} for {topology.name}", quiet):
-            compiled = _compile(program)
+            compiled = _compile(job, program)
         seconds = round(time.monotonic() - started, 1)
         if isinstance(compiled, OutOfMemory):
             memory = refused(program, compiled.required, usable)
@@ -124,13 +125,17 @@ def _answer(
     )
 
 
-def _compile(program: Program) -> CompiledProgram | OutOfMemory:
+def _compile(job: Job, program: Program) -> CompiledProgram | OutOfMemory:
     try:
         return compile_program(program.lower())
     except jax.errors.JaxRuntimeError as error:
         found = out_of_memory(error)
         if found is None:
-            raise
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"the compiler refuses the {job.task} program for {job.topology}, of "
+                f"{job.dtype} and {job.attention} attention: {reason}"
+            ) from error
         return found
 
 
