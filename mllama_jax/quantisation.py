@@ -165,10 +165,19 @@ def dequantised(kernel: Array, scale: Array, num_inputs: int) -> jax.Array:
 
 
 def _normal_floats(places: Array) -> Array:
-    """The values at places of the table, float32.
+    """The values at places of the table, float32."""
+    found: Array = jax.lax.platform_dependent(places, tpu=_selected, default=_looked_up)
+    return found
 
-    Bit by bit, halves of the table are chosen from: compilers fuse these selections into the
-    product that wants the values, and a lookup they don't.
+
+def _looked_up(places: Array) -> Array:
+    return jnp.asarray(NORMAL_FLOATS, jnp.float32)[places.astype(jnp.int32)]
+
+
+def _selected(places: Array) -> Array:
+    """Bit by bit, halves of the table are chosen from.
+
+    The TPU's compiler fuses these selections into the product that wants the values, and no lookup.
     """
     bits = places.astype(jnp.int32)
     values: list[Array] = [jnp.float32(value) for value in NORMAL_FLOATS]
