@@ -144,8 +144,8 @@ class PretrainedModule(nn.Module):
             (splits heads, feed-forward width and vocabulary).
           hf_masked_rows, attention, remat: see the class.
           quantise: ``"int8"``, ``"int4"`` or ``"nf4"`` stores the decoder layers' kernels so, and
-            computes with what they stand for (`mllama_jax.quantisation`); all other parameters stay as they
-            are. They are the same on every mesh.
+            computes with what they stand for (`mllama_jax.quantisation`); all other parameters
+            stay as they are. They are the same on every mesh.
           revision: of a hub id.
 
         Returns:

@@ -403,7 +403,9 @@ def test_the_report_of_the_example_model(loaded):
     assert found["int4"].quantised_perplexity == pytest.approx(np.exp(-chosen.mean()), rel=1e-4)
 
 
-@pytest.mark.parametrize(("kind", "ratios"), [("int8", (35, 50)), ("int4", (14, 24)), ("nf4", (15, 25))])
+@pytest.mark.parametrize(
+    ("kind", "ratios"), [("int8", (35, 50)), ("int4", (14, 24)), ("nf4", (15, 25))]
+)
 def test_errors_of_the_weights(kind, ratios, loaded):
     found = weight_errors(LOADED[1], loaded[kind][1])
     assert len(found) == 3 * 7

@@ -99,9 +99,7 @@ class Device:
         self._start(logits, 0, 1, rules)
         self._copy_prompt(0, 0, 1)
         for with_images in (False, True):
-            self._decode(
-                np.ones(options.num_slots, bool), 1, enough=1, with_images=with_images
-            )
+            self._decode(np.ones(options.num_slots, bool), 1, enough=1, with_images=with_images)
 
     def encode(self, pictures: Sequence[PreparedPicture]) -> None:
         """Runs the vision encoder over the pictures that it has not seen lately."""
@@ -275,9 +273,7 @@ class Device:
             with_images=any(answer.job.prepared.pictures for answer in owners.values()),
         )
 
-    def _decode(
-        self, stopped: np.ndarray, limit: int, *, enough: int, with_images: bool
-    ) -> Chunk:
+    def _decode(self, stopped: np.ndarray, limit: int, *, enough: int, with_images: bool) -> Chunk:
         self._programs.add(("decode", with_images))
         self._slots, chunk = self._run.decode(
             self._model,
