@@ -29,6 +29,9 @@ RUNS = {
         *("--dtype", "float16"),
     ),
     "refused at once": (*TINY, "--task", "decode", "--topology", "v5e:1x1", "--batch", "8192"),
+    "answers of 90b refused at once": (
+        *("--no-cache", "--model", "90b", "--task", "decode", "--topology", "v5e:2x4"),
+    ),
     "training refused at once": ("--no-cache", "--topology", "v5e:1x1"),
     "no such topology": (*TINY, "--topology", "v5e:3x5"),
     "another mesh": (*TINY, "--topology", "v5e:2x4", "--mesh", "fsdp=7"),

@@ -17,6 +17,7 @@ _STATE = (
 _SETTINGS = {
     "--task lora": "trained.preset=lora",
     "--param-dtype ": "model.param_dtype=",
+    "--quantise ": "model.quantise=",
     "--remat ": "model.remat=",
     "--attention ": "model.attention=",
     "--images-at-once ": "model.images_at_once=",
@@ -50,6 +51,10 @@ def _hints(job: Job, mesh: Mesh, memory: Memory) -> tuple[str, ...]:
 
 
 def _less_state(job: Job, mesh: Mesh) -> Iterator[str]:
+    generates = job.task in ("prefill", "decode")
+    has_adapters_beside = job.task == "lora" and job.config is not None
+    if job.quantise is None and (generates or has_adapters_beside):
+        yield "--quantise int8: half of the decoder layers' bytes, nearly exact; nf4: a quarter"
     if mesh.shape.get("data", 1) > 1 and job.trains:
         yield "--mesh with less data and more fsdp: data holds all parameters once for each group"
     if job.task == "train":
