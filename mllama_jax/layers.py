@@ -114,6 +114,11 @@ class QuantisedProjection(nn.Module):
     ) -> Array:
         zeros = logical(jax.nn.initializers.zeros, *axes)
         value: Array = self.param(name, zeros, shape, dtype)
+        if value.dtype != dtype:
+            raise ValueError(
+                f"{'/'.join(self.path)}/{name} is {value.dtype}, of a model with "
+                f"quantise={self.kind!r} it is {jnp.dtype(dtype)}: load both with the same quantise"
+            )
         return value if self.is_initializing() else constrain(value, self.mesh, *axes)
 
 

@@ -177,7 +177,8 @@ def test_weights_that_are_too_large_are_advised_to_be_quantised(runs):
     run = runs["answers of 90b refused at once"]
     assert run["status"] == 3
     helps = run["printed"].split("What would help")[1]
-    assert "--quantise int8: half" in helps.splitlines()[1]
+    assert "--quantise int8: 8 bits" in helps.splitlines()[1]
+    assert "--quantise nf4: 4.5 bits" in helps.splitlines()[2]
 
 
 def test_full_training_of_11b_on_one_chip(runs):

@@ -55,7 +55,7 @@ def config(tmp_path_factory) -> TrainConfig:
     )
 
 
-@pytest.fixture(scope="module", params=["int8", "nf4"])
+@pytest.fixture(scope="module", params=["int8", "int4", "nf4"])
 def run(request, config) -> TrainConfig:
     """A finished run beside integers."""
     model = replace(config.model, quantise=request.param)

@@ -455,8 +455,12 @@ def test_quantised_parameters_are_for_inference(loaded, tmp_path):
         model.init_params(jax.random.key(0))
     with pytest.raises(ValueError, match=r"q_proj/kernel is int8: .* quantise='int8'"):
         LOADED[0].apply({"params": params}, input_ids=jnp.ones((1, 2), jnp.int32))
-    with pytest.raises(flax.errors.ScopeParamNotFoundError):
+    with pytest.raises(ValueError, match=r"kernel is float32, of a .* quantise='int8' it is int8"):
         model.apply({"params": LOADED[1]}, input_ids=jnp.ones((1, 2), jnp.int32))
+    with pytest.raises(ValueError, match=r"kernel is uint4, of .* quantise='int4' it is int4:"):
+        model.clone(quantise="int4").apply(
+            {"params": loaded["nf4"][1]}, input_ids=jnp.ones((1, 2), jnp.int32)
+        )
     adapters = init_adapters(model, lora_recipe("*/q_proj"), jax.random.key(0))
     with pytest.raises(ValueError, match=r"kernel is quantised \(int8\)"):
         merged(params, adapters, LoraConfig())

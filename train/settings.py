@@ -28,7 +28,7 @@ class ModelConfig:
     """What the parameters are kept in; gates and adapters are float32 in any case. Parameters that
     are trained want float32: most steps are smaller than what bfloat16 tells apart."""
     quantise: str | None = None
-    """int8 or int4 stores the kernels of the decoder's layers so; these can't be trained, but
+    """int8, int4 or nf4 stores the kernels of the decoder's layers so; these can't be trained, but
     adapters beside them can (QLoRA)."""
     attention: str = "xla"
     remat: str = "none"

@@ -339,6 +339,7 @@ class Engine:
                 if len(packed) > 1:
                     row = slot
                 *tokens, count, goes_on = packed[row].tolist()
+                sequence.job.first_token = sequence.job.first_token or sequence.job.seconds()
                 news = _News(slot, sequence, tokens[:count], logprobs, row, not goes_on)
                 self._unread.append(news)
                 if news.is_last:
@@ -362,7 +363,6 @@ class Engine:
 
     def _push(self, news: _News) -> None:
         sequence, job = news.sequence, news.sequence.job
-        job.first_token = job.first_token or job.seconds()
         for column, token in enumerate(news.tokens[: sequence.limit]):
             logprob = None
             if job.options.logprobs is not None and news.logprobs is not None:

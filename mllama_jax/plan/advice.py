@@ -53,8 +53,10 @@ def _hints(job: Job, mesh: Mesh, memory: Memory) -> tuple[str, ...]:
 def _less_state(job: Job, mesh: Mesh) -> Iterator[str]:
     generates = job.task in ("prefill", "decode")
     has_adapters_beside = job.task == "lora" and job.config is not None
-    if job.quantise is None and (generates or has_adapters_beside):
-        yield "--quantise int8: half of the decoder layers' bytes, nearly exact; nf4: a quarter"
+    if (generates or has_adapters_beside) and job.quantise != "nf4":
+        if job.quantise is None:
+            yield "--quantise int8: 8 bits for each weight of the decoder's layers, nearly exact"
+        yield "--quantise nf4: 4.5 bits for each of these weights, less exact"
     if mesh.shape.get("data", 1) > 1 and job.trains:
         yield "--mesh with less data and more fsdp: data holds all parameters once for each group"
     if job.task == "train":

@@ -131,7 +131,7 @@ def _compile(job: Job, program: Program) -> CompiledProgram | OutOfMemory:
     except jax.errors.JaxRuntimeError as error:
         found = out_of_memory(error)
         if found is None:
-            reason = str(error).splitlines()[0]
+            reason = str(error).partition("\n")[0]
             raise ValueError(
                 f"the compiler refuses the {job.task} program for {job.topology}, of "
                 f"{job.dtype} and {job.attention} attention: {reason}"
