@@ -102,6 +102,26 @@ def test_the_host_fetches_once_for_each_dispatch(monkeypatch: pytest.MonkeyPatch
     assert len(dispatched) < engine.stats.tokens_out / 8
 
 
+@pytest.mark.parametrize("seed", [1, 5])
+def test_a_slot_that_ends_is_filled_at_once(seed: int, monkeypatch: pytest.MonkeyPatch):
+    """The device stops for a third answer, and goes on to the end when nobody waits."""
+    engine, steps = make_engine(num_slots=2, decode_steps=16), []
+    decode = engine._device.decode
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        chunk = decode(*args, **kwargs)
+        steps.append(int(chunk.packed[:, -2].max()))
+        return chunk
+
+    monkeypatch.setattr(engine._device, "decode", noted)
+    sampled = {"n": 3, "temperature": 2.5, "seed": seed, "max_tokens": 14}
+    answer = answers(engine, [ask("three", "Which digit is this?", 0, **sampled)])["three"]
+    # Prompts gave the first tokens.
+    *both, third = (len(choice.token_ids) - 1 for choice in answer.choices)
+    assert min(both) != max(both) != third
+    assert steps == [min(both), max(max(both) - min(both), third)]
+
+
 def test_sampled_text_depends_on_the_seed_alone():
     requests = [
         replace(r, options=replace(r.options, temperature=1.5, seed=i % 3, max_tokens=10))
