@@ -13,7 +13,7 @@ from mllama_jax.plan.hardware import chip_of
 
 Options = Mapping[str, bool | int]
 
-_SPARSE_CORES_EXCHANGE: Options = {
+_WHOLE_BY_SPARSE_CORES: Options = {
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000,
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": False,
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
@@ -28,8 +28,8 @@ _SPARSE_CORES_EXCHANGE: Options = {
 
 COMPILER_OPTIONS: Mapping[str, Options] = {
     "v5e": {"xla_tpu_enable_windowed_einsum_for_all_gather": False},
-    "v5p": _SPARSE_CORES_EXCHANGE,
-    "v6e": _SPARSE_CORES_EXCHANGE,
+    "v5p": _WHOLE_BY_SPARSE_CORES,
+    "v6e": _WHOLE_BY_SPARSE_CORES,
 }
 """By the chip's name; the compilers of others choose for themselves."""
 
