@@ -41,7 +41,15 @@ from mllama_jax.convert import CheckpointError, quantising
 from mllama_jax.convert.table import tensors
 from mllama_jax.plan.job import Job
 from mllama_jax.plan.programs import bytes_a_device, make_model, placed_params
-from mllama_jax.quantisation import NORMAL_FLOATS, dequantised, product, quantised
+from mllama_jax.quantisation import (
+    NORMAL_FLOATS,
+    _looked_up,
+    _normal_floats,
+    _selected,
+    dequantised,
+    product,
+    quantised,
+)
 from mllama_jax.quantisation_report import compare, weight_errors
 from mllama_jax.sharding import parse_mesh
 from mllama_jax.train.components import joined
@@ -204,6 +212,16 @@ def test_normal_floats_are_those_of_bitsandbytes():
     weights = bitsandbytes.functional.dequantize_4bit(packed, state).numpy()
     found = np.asarray(dequantised(kernel, scale, 1)).T
     np.testing.assert_array_equal(found[~different], weights[~different])
+
+
+def test_tpus_select_the_values_that_others_look_up():
+    places = jnp.arange(16, dtype=jnp.uint4)
+    for values in (_selected(places), _looked_up(places)):
+        np.testing.assert_array_equal(values, np.float32(NORMAL_FLOATS))
+    traced = jax.jit(_normal_floats).trace(places)
+    for platform, gathers in {"tpu": False, "cpu": True, "cuda": True}.items():
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert ("gather" in text) == gathers
 
 
 @pytest.mark.parametrize("dtype", [jnp.int4, jnp.uint4])
