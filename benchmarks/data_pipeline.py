@@ -2,6 +2,7 @@
 
     python benchmarks/data_pipeline.py         # three turns, one and two cores
     python benchmarks/data_pipeline.py --quick
+    python benchmarks/data_pipeline.py --peer-python ENV/bin/python   # with current transformers
 
 Conversations of 100 to 300 tokens, each with a photograph of 640 × 480 pixels; batches of 8, padded
 to 512, tiles of 560 pixels. Nothing is trained: what is counted is how fast batches can be had.
@@ -13,7 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import Report, Side, against_peer, arguments_of, clock, gibibytes, parser, serve
+from harness import (
+    Report,
+    Side,
+    add_peer_python,
+    against_peer,
+    arguments_of,
+    clock,
+    gibibytes,
+    parser,
+    serve,
+)
 from models import CACHE, ROOT, model_folder
 from pictures import photograph
 
@@ -157,12 +168,12 @@ def _rate(batches: Any, arrays: Any) -> dict[str, Any]:
 SIDES = {"ours": ours_side, "peer": peer_side}
 
 
-def measure(folder: Path, cores: int, repeats: int) -> Report:
+def measure(folder: Path, cores: int, repeats: int, peer_python: str | None) -> Report:
     report = Report("Training batches, against PyTorch's DataLoader and transformers")
     for number in range(1, cores + 1):
-        ours, peer = (
-            Side(__file__, name, cores=number, folder=str(folder), workers=number) for name in SIDES
-        )
+        settings: dict[str, Any] = {"cores": number, "folder": str(folder), "workers": number}
+        ours = Side(__file__, "ours", **settings)
+        peer = Side(__file__, "peer", python=peer_python, **settings)
         found = [[side.ask("batches") for side in (ours, peer)] for _ in range(repeats)]
         for here, there in found:
             common = here.values["shapes"].keys() & there.values["shapes"].keys()
@@ -175,21 +186,25 @@ def measure(folder: Path, cores: int, repeats: int) -> Report:
         report.rows.append(against_peer(subject, "1/s", *rates, aim=AIM))
         peaks = [gibibytes([turn[side] for turn in found]) for side in range(2)]
         report.notes.append(f"{number} core{plural}: peak memory {peaks[0]} here, {peaks[1]} there")
+        versions = peer.versions()
         for side in (ours, peer):
             side.close()
+    report.notes.append(f"the peer: {versions}")
     report.notes.append("there: as many worker processes as cores, whose memory is not counted")
     return report
 
 
 def main() -> None:
     options = parser(__doc__.splitlines()[0], "data_pipeline")
+    add_peer_python(options)
     options.add_argument("--cache", type=Path, default=CACHE)
     arguments = arguments_of(options)
     if arguments.serve:
         serve(SIDES[arguments.serve](), arguments.cores)
         return
     repeats = 1 if arguments.quick else arguments.repeats
-    report = measure(write_data(arguments.cache), arguments.cores, repeats)
+    folder = write_data(arguments.cache)
+    report = measure(folder, arguments.cores, repeats, arguments.peer_python)
     report.write(arguments.output, arguments.cores)
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/start.py                 # five turns
     python benchmarks/start.py --quick
+    python benchmarks/start.py --peer-python ENV/bin/python           # with current transformers
 
 Each figure is of a new process, from its start to its end. Ours is measured with an empty cache of
 compiled programs and with one that an earlier process filled; transformers compiles nothing.
@@ -15,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from harness import Report, Row, Spread, arguments_of, parser
+from harness import Report, Row, Spread, add_peer_python, arguments_of, parser
 from models import CACHE, ROOT, model_folder
 
 PICTURE = ROOT / "examples/digits/demo/pictures/digit_0501.png"
@@ -33,6 +34,7 @@ with torch.inference_mode():
     output = model.generate(**inputs, max_new_tokens=1, do_sample=False)
 print(processor.decode(output[0, inputs["input_ids"].shape[1]:]))
 """
+VERSIONS = "from importlib.metadata import version as v; print('transformers', v('transformers'))"
 IMPORTS = {
     "ours": "import mllama_jax; mllama_jax.MllamaForConditionalGeneration",
     "peer": "from transformers import MllamaForConditionalGeneration, MllamaProcessor",
@@ -61,12 +63,13 @@ def ours(folder: Path, cores: int, compiled: Path) -> tuple[float, str]:
     return seconds(command, cores, JAX_COMPILATION_CACHE_DIR=str(compiled))
 
 
-def peer(folder: Path, cores: int) -> tuple[float, str]:
-    command = [sys.executable, "-c", THEIRS, str(folder), str(PICTURE), PROMPT]
+def peer(folder: Path, cores: int, python: str) -> tuple[float, str]:
+    command = [python, "-c", THEIRS, str(folder), str(PICTURE), PROMPT]
     return seconds(command, cores)
 
 
-def measure(folder: Path, cores: int, repeats: int) -> Report:
+def measure(folder: Path, cores: int, repeats: int, peer_python: str | None) -> Report:
+    pythons = {"ours": sys.executable, "peer": peer_python or sys.executable}
     found: dict[str, list[float]] = {}
 
     def add(name: str, result: tuple[float, str]) -> str:
@@ -76,23 +79,26 @@ def measure(folder: Path, cores: int, repeats: int) -> Report:
 
     with tempfile.TemporaryDirectory() as compiled:
         ours(folder, cores, Path(compiled))  # fills it, and the machine's file cache
-        peer(folder, cores)
+        peer(folder, cores, pythons["peer"])
         for _ in range(repeats):
             for side, code in IMPORTS.items():
-                add(f"import, {side}", seconds([sys.executable, "-c", code], cores))
+                add(f"import, {side}", seconds([pythons[side], "-c", code], cores))
             warm = add("warm, ours", ours(folder, cores, Path(compiled)))
-            theirs = add("peer", peer(folder, cores))
-            assert warm.endswith(theirs), (warm, theirs)
+            theirs = add("peer", peer(folder, cores, pythons["peer"]))
+            assert warm.endswith(theirs) or peer_python, (warm, theirs)
             empty = Path(compiled) / "empty"
             add("cold, ours", ours(folder, cores, empty))
             shutil.rmtree(empty, ignore_errors=True)
-    report = Report("Cold start, against transformers")
+    report = Report("Cold start, against transformers", exact=not peer_python)
     for subject, side, other in (
         ("import", "import, ours", "import, peer"),
         ("first token, programs compiled before", "warm, ours", "peer"),
         ("first token, nothing compiled yet", "cold, ours", "peer"),
     ):
         report.rows.append(_faster(subject, found[side], found[other]))
+    report.notes.append(f"the peer: {seconds([pythons['peer'], '-c', VERSIONS], cores)[1]}")
+    if not warm.endswith(theirs):
+        report.notes.append(f"first tokens differ: {warm!r} here, {theirs!r} there")
     report.notes.append("the ratio says how many times as fast ours is")
     return report
 
@@ -106,10 +112,12 @@ def _faster(subject: str, ours: list[float], peer: list[float]) -> Row:
 def main() -> None:
     options = parser(__doc__.splitlines()[0], "start")
     options.set_defaults(repeats=5)
+    add_peer_python(options)
     options.add_argument("--cache", type=Path, default=CACHE)
     arguments = arguments_of(options)
     folder = model_folder(arguments.cache)
-    report = measure(folder, arguments.cores, 1 if arguments.quick else arguments.repeats)
+    repeats = 1 if arguments.quick else arguments.repeats
+    report = measure(folder, arguments.cores, repeats, arguments.peer_python)
     report.write(arguments.output, arguments.cores)
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/training.py              # three turns
     python benchmarks/training.py --quick
+    python benchmarks/training.py --peer-python ENV/bin/python        # with current transformers
 
 Both sides start from the same weights, in float32, and learn from the same batch again and again;
 their losses are compared in the same run. PyTorch runs with the fastest of eager and sdpa
@@ -16,6 +17,7 @@ from harness import (
     Report,
     Result,
     Side,
+    add_peer_python,
     against_limit,
     against_peer,
     arguments_of,
@@ -172,18 +174,21 @@ def probe_side() -> dict[str, Any]:
 SIDES = {"ours": ours_side, "peer": peer_side, "probe": probe_side}
 
 
-def measure(folder: str, cores: int, repeats: int) -> Report:
-    report = Report("Training steps, against transformers and PEFT")
+def measure(folder: str, cores: int, repeats: int, peer_python: str | None) -> Report:
+    report = Report("Training steps, against transformers and PEFT", exact=not peer_python)
     for preset, name in TASKS.items():
         # New processes: no side carries what another task left in memory.
-        ours, peer, probe = sides = [Side(__file__, side, cores=cores) for side in SIDES]
+        pythons = {"peer": peer_python}
+        ours, peer, probe = sides = [
+            Side(__file__, side, cores=cores, python=pythons.get(side)) for side in SIDES
+        ]
         task = {"folder": folder, "preset": preset}
         way = _fastest(peer, report, **task)
         first = (
             ours.ask("train", steps=STEPS, **task),
             peer.ask("train", steps=STEPS, way=way, **task),
         )
-        _check_losses(preset, *(result.values["losses"] for result in first))
+        _check_losses(report, preset, *(result.values["losses"] for result in first))
         found: tuple[list[Result], list[Result]] = ([], [])
         for _ in range(repeats):
             found[0].append(ours.ask("train", steps=STEPS, **task))
@@ -201,15 +206,17 @@ def measure(folder: str, cores: int, repeats: int) -> Report:
         report.rows.append(against_limit(subject, "GFLOP/s", speeds, limits, LIMIT_AIM))
         peaks = [gibibytes(results) for results in found]
         report.notes.append(f"{name}: peak memory {peaks[0]} here, {peaks[1]} there ({way})")
+        versions = peer.versions()
         for side in sides:
             side.close()
+    report.notes.append(f"the peer: {versions}")
     return report
 
 
-def _check_losses(preset: str, ours: list[float], peer: list[float]) -> None:
+def _check_losses(report: Report, preset: str, ours: list[float], peer: list[float]) -> None:
     """Both sides' first steps; adapters start at random, but without any effect."""
     steps = 1 if preset == "lora" else STEPS
-    np.testing.assert_allclose(ours[:steps], peer[:steps], rtol=1e-4)
+    report.compare(f"losses, {preset}", ours[:steps], peer[:steps], 1e-4, relative=True)
     assert ours[-1] < ours[0]
 
 
@@ -226,13 +233,15 @@ def _fastest(peer: Side, report: Report, **task: Any) -> str:
 
 def main() -> None:
     options = parser(__doc__.splitlines()[0], "training")
+    add_peer_python(options)
     options.add_argument("--cache", default=CACHE)
     arguments = arguments_of(options)
     if arguments.serve:
         serve(SIDES[arguments.serve](), arguments.cores)
         return
     repeats = 1 if arguments.quick else arguments.repeats
-    report = measure(str(model_folder(arguments.cache)), arguments.cores, repeats)
+    folder = str(model_folder(arguments.cache))
+    report = measure(folder, arguments.cores, repeats, arguments.peer_python)
     report.write(arguments.output, arguments.cores)
 
 
