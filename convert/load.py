@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, Sharding
 
+from mllama_jax.attention import check_attention_devices
 from mllama_jax.convert.lazy import LazyTensor, Region, extent, resolved, whole
 from mllama_jax.convert.leaves import Leaf, make_leaf
 from mllama_jax.convert.matching import PARAMETER_DTYPES, match
@@ -68,7 +69,8 @@ def load_pretrained(
     Raises:
         FileNotFoundError, CheckpointError: as `open_source` and `load_params`.
         ValueError: a dtype is not one of the three, or config.json is invalid; `quantise` is
-            given and the component has no decoder.
+            given and the component has no decoder; the attention's kind is not for these devices
+            or this dtype.
     """
     check_quantisation(quantise)
     if quantise is not None and model_cls.component == "vision_model":
@@ -80,6 +82,7 @@ def load_pretrained(
     param_dtype = dtype if param_dtype is None else parameter_dtype("param_dtype", param_dtype)
     if isinstance(mesh, str):
         mesh = parse_mesh(mesh)
+    check_attention_devices(fields.get("attention", model_cls.attention), dtype, mesh)
     source = open_source(path, revision=revision)
     component = model_cls.component
     config = part_config(source.config, component)

@@ -68,9 +68,10 @@ def join_if_any(must: bool = False) -> None:
 def join_processes() -> None:
     """Makes this process one of the job's, which then sees the devices of all of them.
 
-    JAX finds the others by itself on Cloud TPUs, under Slurm, Open MPI and Kubernetes. Elsewhere
-    the environment has to say ``JAX_COORDINATOR_ADDRESS`` (host:port of the first process),
-    ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``. Call it before anything else of JAX.
+    JAX finds the others by itself on Cloud TPUs, under Slurm and Open MPI, and in Kubernetes with
+    the package ``kubernetes`` (``jax[k8s]``). Elsewhere the environment has to say
+    ``JAX_COORDINATOR_ADDRESS`` (host:port of the first process), ``JAX_NUM_PROCESSES`` and
+    ``JAX_PROCESS_ID``. Call it before anything else of JAX.
 
     The standard output of all processes but the first is dropped: people want to read it once.
 

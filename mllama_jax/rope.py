@@ -46,6 +46,8 @@ def rotate(
     sin: Float[Array, "#B T 1 h"],
 ) -> Float[Array, "B T N H"]:
     """Rotates feature pairs (i, i + H/2) of each head; the result keeps ``x``'s dtype."""
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BTNH.dtype)
+    # Halves on an axis of their own: for one token a row, TPUs take twice as long to join them.
+    halves = x_BTNH.astype(jnp.float32).reshape(*x_BTNH.shape[:-1], 2, -1)
+    sin_of_halves = jnp.stack([-sin, sin], axis=-2)
+    rotated = halves * cos[..., None, :] + halves[..., ::-1, :] * sin_of_halves
+    return rotated.astype(x_BTNH.dtype).reshape(x_BTNH.shape)

@@ -133,7 +133,9 @@ def test_what_the_command_carries_on(
     assert "was begun with --max-tiles 4" in carried_on("--max-tiles", 8)
     assert "was begun with --date 1 May 2025" in carried_on("--date", "2 May 2025")
     assert "pictures was" in carried_on("--allow-folder", EXAMPLE)
-    assert "defaults was" in carried_on("--max-tokens", 7)
+    assert "job: defaults.default_max_tokens was 16 and is now 7. Carry" in carried_on(
+        "--max-tokens", 7
+    )
 
     text = requests.read_text()
     requests.write_text(text + '{"custom_id": "c"}\n')

@@ -523,3 +523,22 @@ def test_what_the_command_refuses(
         *model, *asked, *page, "--distributed", "--shard", "0/4"
     )
     assert not output.exists()
+
+
+def test_a_job_counts_only_its_own_requests(tmp_path):
+    engine = small_engine()
+    assert len(list(engine.run(short(3)))) == 3
+    source, metrics = write(tmp_path / "in", line("a"), line("b", max_tokens=2)), tmp_path / "m"
+    with ResultsFile(tmp_path / "out", JOB) as results:
+        outcome = run_job(
+            *(engine, source, results),
+            tokenizer=PROCESSOR.tokenizer,
+            model_name="digits",
+            metrics=metrics,
+            show=False,
+        )
+    usage = [result["response"]["body"]["usage"] for result in read(tmp_path / "out")]
+    tokens = [sum(x[f"{kind}_tokens"] for x in usage) for kind in ("prompt", "completion")]
+    last = read(metrics)[-1]
+    assert (last["done"], last["tokens_in"], last["tokens_out"]) == (2, *tokens)
+    assert f"Tokens    {tokens[0]} in (" in outcome.summary

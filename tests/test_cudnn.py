@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from attention_cases import assert_like_reference, inputs, make_cases
 
+from mllama_jax import MllamaForConditionalGeneration
 from mllama_jax.attention import attend
 from mllama_jax.attention.columns import with_padding_columns
 from mllama_jax.attention.cudnn import attend_composed
@@ -39,5 +40,8 @@ def test_padding_is_hidden_in_every_dtype(dtype: Any):
 
 def test_needs_a_gpu():
     q = jnp.ones((1, 128, 1, 8), jnp.bfloat16)
-    with pytest.raises(ValueError, match="attention='cudnn' runs on gpu, the device is a cpu"):
+    message = "attention='cudnn' runs on gpu, the device is a cpu"
+    with pytest.raises(ValueError, match=message):
         attend(q, q, q, None, "cudnn")
+    with pytest.raises(ValueError, match=message):  # before anything is read
+        MllamaForConditionalGeneration.from_pretrained("nowhere", attention="cudnn")

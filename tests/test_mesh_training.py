@@ -13,6 +13,7 @@ from tiny_run import write_records, write_start
 from training_processes import LORA, LORA_OF_TWO, config, losses
 
 import mllama_jax as mj
+from mllama_jax.convert import CheckpointError, convert
 from mllama_jax.train.loop import train
 
 SCRIPT = "training_processes.py"
@@ -68,6 +69,8 @@ def test_a_job_of_two_processes_is_gone_on_with_by_one(
     assert f"convert {folder}/two processes FOLDER` makes a model folder" in found["printed"]
     assert "Started again in one process, on a mesh of its own" in found["printed"]
     run = config(folder, LORA_OF_TWO, **LORA)
+    with pytest.raises(CheckpointError, match="checkpoints hold only what it trains"):
+        convert(run.output, folder / "converted")
     shutil.rmtree(Path(run.output, "checkpoints", "4"))
     train(run)
     assert "Going on from step 2 of 4." in capfd.readouterr().out
@@ -82,6 +85,12 @@ def test_a_job_of_two_processes_is_gone_on_with_by_one(
 
 def test_processes_that_are_asked_for_different_runs_refuse(found: dict[str, Any]):
     assert "the configuration or the data of this run differ between the" in found["differ"]
+
+
+def test_processes_without_a_mesh_refuse(found: dict[str, Any]):
+    assert (
+        "of 2 processes: expected a mesh of all 4 devices, such as mesh=fsdp=4" in found["no mesh"]
+    )
 
 
 def test_state_is_split(found: dict[str, Any]):

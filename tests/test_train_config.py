@@ -81,6 +81,9 @@ def test_a_name_that_stands_in_several_sections_names_all_of_them(file):
         ("optimizer.learning_rate=.inf", "optimizer.learning_rate=inf: expected a finite number"),
         ("seed=4294967296", "expected a number below 2**32"),
         ("evaluation.limit=0", "or null for all"),
+        ("checkpoint.keep_every=0", "checkpoint.keep_every=0: expected a number above 0, or null"),
+        ("data.held_out_format=csv", "data.held_out_format='csv': expected auto or messages"),
+        ("lora.rank=8", "expected trained.preset=lora, or a component with mode lora"),
     ],
 )
 def test_bad_values_name_key_value_and_what_was_expected(file, word, expected):

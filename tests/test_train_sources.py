@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
-from data_files import ASKED, write_everywhere
+from data_files import ASKED, NAMES, PICTURES, write_everywhere
 from gcs_server import Gcs
 from tiny_run import EXAMPLE, write_records, write_start
 
@@ -154,6 +156,7 @@ def test_records_and_pictures_in_a_bucket(example, everywhere, tmp_path, monkeyp
         ),
         ({"text": "a"}, "found {file}:1: an object with text. Name the form"),
         ({"messages": [], "question": "a"}, "an object with messages, question. Name the form"),
+        ({"messages": None, "question": 3, "answer": "a"}, "'question' is 3, expected a string"),
     ],
 )
 def test_what_is_wrong_with_a_record_is_said(tmp_path, values, expected):
@@ -162,6 +165,28 @@ def test_what_is_wrong_with_a_record_is_said(tmp_path, values, expected):
     with pytest.raises(DataError) as error:
         read_records(file)
     assert expected.format(file=file) in str(error.value)
+
+
+def test_pictures_that_tables_name_are_looked_for(tmp_path):
+    """As paths, or as Hugging Face's structs of them; bytes are there."""
+    shutil.copy(PICTURES / NAMES[0], tmp_path / "there.png")
+    named = ["there.png", "lost.png", "https://x/y.png", None]
+    structs = [{"bytes": None, "path": name} for name in named[:3]] + [{"bytes": b"", "path": "x"}]
+    for name, column in {"paths": named, "structs": structs}.items():
+        file = tmp_path / f"{name}.parquet"
+        table = {"image": column, "question": ["a"] * 4, "answer": ["b"] * 4}
+        pyarrow.parquet.write_table(pyarrow.table(table), file)
+        sources = open_sources(settings(file, tmp_path, max_bad_records=2))
+        assert [str(problem) for problem in sources.problems] == [
+            f"{file}: row 1: there is no picture '{tmp_path}/lost.png'",
+            f"{file}: row 2: the picture 'https://x/y.png' would have to be downloaded in every "
+            "epoch, which training does not do; download it once and give its path, or copy it "
+            "into a bucket (gs://)",
+        ]
+        table["image"] = [column[1], column[0], *column[2:]]
+        pyarrow.parquet.write_table(pyarrow.table(table), file)
+        moved = open_sources(settings(file, tmp_path, max_bad_records=2))
+        assert moved.fingerprint != sources.fingerprint
 
 
 def test_files_that_hold_no_records_are_refused(tmp_path):
@@ -331,18 +356,21 @@ def test_a_run_that_is_gone_on_with_counts_as_if_it_had_not_stopped(tmp_path):
     assert not lines_of(file)
 
 
-def test_a_run_names_and_counts_bad_records(tmp_path, capfd):
+def test_a_run_names_and_counts_bad_records(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     write_start(tmp_path / "start")
     spoil(tmp_path)
     config = TrainConfig(
-        output=str(tmp_path / "run"),
+        output="~/run",
         steps=5,
         log_every=1,
         model=ModelConfig(str(tmp_path / "start")),
         data=settings(tmp_path / "train.jsonl", tmp_path, max_bad_records=3),
     )
     train(config)
-    assert f"nothing is learned from {tmp_path}/train.jsonl:8: " in capfd.readouterr().out
+    printed = capfd.readouterr().out
+    assert f"Nothing is learned from:\n  {tmp_path}/train.jsonl:4: " in printed
+    assert f"nothing is learned from {tmp_path}/train.jsonl:8: " in printed
     named = lines_of(tmp_path / "run" / "bad_records.jsonl")
     assert {line["where"].rpartition(":")[2] for line in named} == {"4", "8", "12"}
     numbers = lines_of(tmp_path / "run" / "metrics.jsonl")

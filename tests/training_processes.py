@@ -99,10 +99,11 @@ def one_of_two(folder: Path, index: str, port: str) -> dict[str, Any]:
     outputs = (run.output, str(folder / LORA_OF_TWO))
     found: dict[str, Any] = {Path(output).name: losses(output) for output in outputs}
     found["printed"] = printed.getvalue()
-    try:
-        train(replace(run, steps=5 + int(index)))
-    except ValueError as error:
-        found["differ"] = str(error)
+    for name, changes in {"differ": {"steps": 5 + int(index)}, "no mesh": {"mesh": None}}.items():
+        try:
+            train(replace(run, **changes))
+        except ValueError as error:
+            found[name] = str(error)
     return found
 
 

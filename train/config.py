@@ -104,7 +104,7 @@ def _range_problems(config: TrainConfig) -> Iterator[str]:
         *("steps", "log_every", "data.batch_size", "data.threads", "checkpoint.every"),
         *("checkpoint.keep", "evaluation.batch_size", "evaluation.max_new_tokens"),
     )
-    not_negative = (*("evaluation.every", "seed", "data.max_bad_records"),)
+    not_negative = ("evaluation.every", "seed", "data.max_bad_records")
     for key in positive:
         if not values[key] > 0:
             yield f"{key}={values[key]!r}: expected a number above 0"
@@ -130,8 +130,6 @@ def _range_problems(config: TrainConfig) -> Iterator[str]:
     lengths = values["data.lengths"]
     if not lengths or list(lengths) != sorted(set(lengths)) or lengths[0] < 1:
         yield f"data.lengths={lengths!r}: expected rising positive lengths, such as [64, 128]"
-    if values["evaluation.limit"] is not None and values["evaluation.limit"] < 1:
-        yield (
-            f"evaluation.limit={values['evaluation.limit']!r}: expected a number above 0, or null "
-            "for all"
-        )
+    for key, meaning in (("evaluation.limit", "all"), ("checkpoint.keep_every", "none of these")):
+        if values[key] is not None and values[key] < 1:
+            yield f"{key}={values[key]!r}: expected a number above 0, or null for {meaning}"

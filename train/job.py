@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import grain
+import jax
 from etils import epath
 
 from mllama_jax.attention import AttentionKind
@@ -55,7 +56,7 @@ class Job:
     @property
     def output(self) -> epath.Path:
         """The run's folder."""
-        return epath.Path(self.config.output)
+        return epath.Path(self.config.output).expanduser()
 
     def batches(self) -> grain.DatasetIterator:
         """All batches of the run, from the first one on."""
@@ -94,10 +95,17 @@ def open_job(config: TrainConfig) -> tuple[Job, TrainState]:
 
     Raises:
         FileNotFoundError, ValueError: model, data or settings can't be used, or differ between
-            the processes of a job.
+            the processes of a job; several processes without a mesh.
     """
+    if config.mesh is None and jax.process_count() > 1:
+        raise ConfigError(
+            f"mesh=None in a job of {jax.process_count()} processes: expected a mesh of all "
+            f"{jax.device_count()} devices, such as mesh=fsdp={jax.device_count()}"
+        )
     sources, data = open_sources(config.data), config.data
-    held_out = read_records(data.held_out, cache=data.cache) if data.held_out else []
+    held_out: Sequence[Record] = []
+    if data.held_out:
+        held_out = read_records(data.held_out, data.held_out_format, data.cache)
     processor = MllamaProcessor.from_pretrained(config.model.path)
     model, params = MllamaForConditionalGeneration.from_pretrained(
         config.model.path,

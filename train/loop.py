@@ -90,6 +90,8 @@ def _run_steps(
     """
     config, resumed = job.config, int(state.step)
     skipped = SkippedRecords(job.output, config.data.max_bad_records, job.sources.problems, resumed)
+    if job.sources.problems:
+        log.say(f"Nothing is learned from:{listed(job.sources.problems)}")
     profile = Profiler(job.output / "profile", config.logging.profile_steps)
     update = train_step_on(device_kind(job.model.mesh))
     with Stopping() as stopping, profile:

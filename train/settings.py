@@ -199,6 +199,12 @@ def recipe_problems(recipe: Recipe) -> Iterator[str]:
     yield from _positive("lora.alpha", recipe.lora.alpha)
     if not recipe.lora.targets:
         yield "lora.targets=(): expected patterns of the projections that get an adapter"
+    is_known = recipe.trained.preset in PRESETS
+    if is_known and recipe.lora != LoraConfig() and "lora" not in recipe.trained.modes.values():
+        yield (
+            f"lora: given, but nothing is trained by adapters with trained.preset="
+            f"{recipe.trained.preset}; expected trained.preset=lora, or a component with mode lora"
+        )
 
 
 def _optimizer_problems(config: OptimizerConfig, steps: int) -> Iterator[str]:

@@ -308,6 +308,12 @@ def _reason(error: Exception) -> str:
     return str(error).split(" [tensorstore_spec=")[0].split(" [source locations=")[0]
 
 
+_OF_TRAINING = (
+    "\nA training run's checkpoints hold only what it trains; all parameters are in the folder "
+    "model/ that it writes at its end"
+)
+
+
 def _check(
     tree: _Tree,
     arrays: Mapping[LeafPath, _Array],
@@ -330,6 +336,7 @@ def _check(
         raise CheckpointError(
             f"{tree.folder} does not hold {COMPONENTS[component].architecture} with the "
             f"configuration in {config_folder}:\n{problems}"
+            + (_OF_TRAINING if tree.is_state and not set(shapes) <= set(arrays) else "")
         )
 
 

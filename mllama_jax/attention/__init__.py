@@ -19,8 +19,10 @@ from typing import Literal, get_args
 
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from mllama_jax.attention.names import ATTENTION_RESULT
+from mllama_jax.attention.on_mesh import check_platform
 from mllama_jax.attention.reference import attend_with_weights
 from mllama_jax.attention.xla import attend_xla
 from mllama_jax.masks import Mask
@@ -37,6 +39,7 @@ __all__ = [
     "AttentionKind",
     "attend",
     "attend_with_weights",
+    "check_attention_devices",
     "check_attention_kind",
 ]
 
@@ -45,6 +48,20 @@ def check_attention_kind(kind: str) -> None:
     """Raises ValueError unless ``kind`` names an implementation."""
     if kind not in ATTENTION_KINDS:
         raise ValueError(f"attention={kind!r}: expected one of {', '.join(ATTENTION_KINDS)}")
+
+
+def check_attention_devices(kind: str, dtype: DTypeLike, mesh: Mesh | None) -> None:
+    """Raises ValueError unless ``kind`` computes in this dtype on these devices.
+
+    Args:
+      mesh: as for `attend`.
+    """
+    check_attention_kind(kind)
+    check_platform(kind, mesh)
+    if kind == "cudnn":
+        from mllama_jax.attention.cudnn import check_dtype
+
+        check_dtype(dtype)
 
 
 def attend(

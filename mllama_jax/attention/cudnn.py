@@ -10,6 +10,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from mllama_jax.attention.columns import with_padding_columns
 from mllama_jax.attention.on_mesh import check_platform, on_mesh
@@ -20,6 +21,15 @@ from mllama_jax.shapes import Array, Bool, Float
 Implementation = Literal["cudnn", "xla"]
 
 _DTYPES = (jnp.bfloat16, jnp.float16)
+
+
+def check_dtype(dtype: DTypeLike) -> None:
+    """Raises ValueError unless cuDNN computes in it."""
+    if dtype not in _DTYPES:
+        raise ValueError(
+            f"attention='cudnn' takes bfloat16 and float16, not {jnp.dtype(dtype)}: choose "
+            "dtype=bfloat16 or attention='xla'"
+        )
 
 
 def attend_cudnn(
@@ -36,12 +46,8 @@ def attend_cudnn(
     Raises:
       ValueError: the devices are not GPUs; or the dtype is neither bfloat16 nor float16.
     """
-    check_platform("cudnn", ("gpu", "cuda"), mesh)
-    if q_BTNH.dtype not in _DTYPES:
-        raise ValueError(
-            f"attention='cudnn' takes bfloat16 and float16, not {q_BTNH.dtype}: choose "
-            "dtype=bfloat16 or attention='xla'"
-        )
+    check_platform("cudnn", mesh)
+    check_dtype(q_BTNH.dtype)
     kernel = partial(attend_composed, implementation="cudnn")
     if mesh is None:
         return kernel(q_BTNH, k_BSKH, v_BSKH, mask)

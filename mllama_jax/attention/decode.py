@@ -50,8 +50,7 @@ def attend_decode(
     Raises:
       ValueError: the kind is not for these devices.
     """
-    if kind == "splash":
-        check_platform("splash", ("tpu",), mesh)
+    check_platform(kind, mesh)
     (B, N, _), K = q_BNH.shape, keys.shape[2]
     layer, head = (jnp.asarray(x, jnp.int32).reshape(1) for x in (layer, 0))
     used = jnp.broadcast_to(jnp.asarray(used, jnp.int32), (B,))

@@ -1,6 +1,6 @@
 """Where a kernel runs: on a mesh, each device computes its own samples and heads."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
@@ -65,12 +65,17 @@ def shared_head(num_kv_heads: int, mesh: Mesh) -> Array:
     return jax.lax.axis_index("tensor") // (mesh.shape["tensor"] // num_kv_heads)
 
 
-def check_platform(kind: str, platforms: Sequence[str], mesh: Mesh | None) -> None:
+_PLATFORMS: Mapping[str, Sequence[str]] = {"splash": ("tpu",), "cudnn": ("gpu", "cuda")}
+"""Kinds of attention that run on some devices only."""
+
+
+def check_platform(kind: str, mesh: Mesh | None) -> None:
     """Raises ValueError unless the devices that the kind will run on are of its platforms.
 
     They are the mesh's, which need not be here: programs for TPUs are compiled without one.
     """
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    platforms = _PLATFORMS.get(kind, (platform,))
     if platform not in platforms:
         raise ValueError(
             f"attention={kind!r} runs on {platforms[0]}, the device is a {platform}: choose "

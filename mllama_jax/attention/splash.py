@@ -41,7 +41,7 @@ def attend_splash(
       ValueError: the devices are not TPUs; or the mask is one that the kernels can't take.
     """
     if not interpret:
-        check_platform("splash", ("tpu",), mesh)
+        check_platform("splash", mesh)
     kernel = partial(_attend, interpret=interpret)
     if mesh is None:
         return kernel(q_BTNH, k_BSKH, v_BSKH, mask)

@@ -120,6 +120,7 @@ class _Job:
     ):
         self._engine, self._source, self._results = engine, source, results
         self._shard, self._tokenizer, self._model_name = shard, tokenizer, model_name
+        self._before = engine.stats
         self._unreadable = 0
         self._stopped = False
         self.summary = Summary(len(results.done))
@@ -129,8 +130,8 @@ class _Job:
         self._engine.stop()
 
     def stats(self) -> EngineStats:
-        """The engine's, with the requests that it never saw."""
-        stats = self._engine.stats
+        """The engine's in this job, with the requests that it never saw."""
+        stats = self._engine.stats.since(self._before)
         return dataclasses.replace(stats, failed=stats.failed + self._unreadable)
 
     def requests(self, stopping: Stopping) -> Iterator[Request]:

@@ -208,16 +208,23 @@ def write_job(path: Path, fingerprint: Mapping[str, Any], kept: Mapping[str, Any
 
 def check_same(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises FileExistsError, naming what differs, unless the fingerprints are equal."""
-    names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
-    if names:
-        differences = "; ".join(
-            f"{name} was {json.dumps(then.get(name))} and is now {json.dumps(now.get(name))}"
-            for name in names
-        )
+    differences = "; ".join(_differences(then, now))
+    if differences:
         raise FileExistsError(
             f"{path} was begun by another job: {differences}. Carry on with what was then, or give "
             f"another output; to begin anew, remove {path.name} and {job_path(path).name}"
         )
+
+
+def _differences(
+    then: Mapping[str, Any], now: Mapping[str, Any], within: str = ""
+) -> Iterator[str]:
+    for name in {**then, **now}:
+        old, new = then.get(name), now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from _differences(old, new, f"{within}{name}.")
+        elif old != new:
+            yield f"{within}{name} was {json.dumps(old)} and is now {json.dumps(new)}"
 
 
 def replace_file(path: Path, pieces: Iterator[bytes] | list[bytes]) -> None:

@@ -1,5 +1,6 @@
 """What the engine has done, in numbers."""
 
+import dataclasses
 from dataclasses import dataclass
 
 __all__ = ["EngineStats"]
@@ -26,3 +27,12 @@ class EngineStats:
     pictures_encoded: int
     pictures_reused: int
     programs: int
+
+    def since(self, earlier: "EngineStats") -> "EngineStats":
+        """What was done since then; slots and programs as they are now."""
+        counters = (
+            *("done", "failed", "tokens_in", "tokens_out"),
+            *("pictures_encoded", "pictures_reused"),
+        )
+        more = {name: getattr(self, name) - getattr(earlier, name) for name in counters}
+        return dataclasses.replace(self, **more)

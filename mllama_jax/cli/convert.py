@@ -171,7 +171,7 @@ def mapping(plan: "Plan") -> str:
         columns(rows, right=(7,)),
         "",
         f"{len(plan.outputs)} tensors, {size(plan.total_bytes)}, into {plan.folder} ({plan.to}); "
-        f"{size(_free_bytes(plan.folder))} are free there. Nothing was read or written.",
+        f"{size(_free_bytes(plan.folder))} are free there. Nothing was written.",
     ]
     return "\n".join([*lines, *(f"Note: {note}" for note in plan.source.notes)])
 

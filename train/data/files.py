@@ -36,7 +36,7 @@ class RecordFile(Protocol):
 
         Args:
             index: its number in the file.
-            pictures: False lets the file put ``b""`` where pictures stand, which is faster.
+            pictures: False lets the file put ``b""`` for the bytes of pictures, which is faster.
 
         Raises:
             ValueError: it can't be read as a record; the message says why.
@@ -224,15 +224,16 @@ def _arrow_batches(file: Path) -> Iterator[Any]:
 
 
 def _placeholder(scalar: Any) -> Any:
-    """What a record's picture column holds, with ``b""`` for each picture."""
+    """What a record's picture column holds, with ``b""`` for the bytes of each picture."""
     if not scalar.is_valid:
         return None
     pa = _arrow()
     if isinstance(scalar, pa.ListScalar | pa.LargeListScalar):
         return [_placeholder(item) for item in scalar.values]
     if isinstance(scalar, pa.StructScalar):
-        return b"" if any(scalar[name].is_valid for name in scalar) else None
-    return b""
+        return {name: _placeholder(scalar[name]) for name in scalar}
+    is_bytes = pa.types.is_binary(scalar.type) or pa.types.is_large_binary(scalar.type)
+    return b"" if is_bytes else scalar.as_py()
 
 
 def _parquet_to_arrow(source: epath.Path, target: Path) -> None:
@@ -285,9 +286,12 @@ def _cached(
     file: epath.Path, cache: epath.Path, suffix: str, make: Callable[[epath.Path, Path], None]
 ) -> Path:
     """What `make` makes of a file, kept until the file changes."""
-    found = file.stat()
-    known_by = f"{os.fspath(file if is_in_bucket(file) else file.resolve())} {found.length} "
-    known_by += str(found.mtime)
+    if is_in_bucket(file):
+        found = file.stat()
+        known_by = f"{os.fspath(file)} {found.length} {found.mtime}"
+    else:
+        local = os.stat(file)
+        known_by = f"{os.fspath(file.resolve())} {local.st_size} {local.st_mtime_ns}"
     name = f"{file.stem}-{hashlib.sha256(known_by.encode()).hexdigest()[:16]}{suffix}"
     target = Path(cache / name)
     if not target.exists():

@@ -1,7 +1,7 @@
 """The forms that conversations have in files, all brought to one: `Record`."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
@@ -19,9 +19,9 @@ _MARK = "<image>"
 Message = dict[str, Any]
 
 
-def found_format(keys: Iterable[str]) -> str | None:
-    """The form of records with these keys; None if they have the key of none, or of several."""
-    names = [name for name, key in FORMATS.items() if key in keys]
+def found_format(values: Mapping[str, Any]) -> str | None:
+    """The form of a record with these fields; None if it has the key of none, or of several."""
+    names = [name for name, key in FORMATS.items() if values.get(key) is not None]
     return names[0] if len(names) == 1 else None
 
 

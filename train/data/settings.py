@@ -35,6 +35,8 @@ class DataConfig:
     """Conversations to learn from: `path` of a source of its own."""
     held_out: str | None = None
     """As `train`, for measuring answers; never trained on."""
+    held_out_format: str = "auto"
+    """Of `held_out`, as in a source."""
     batch_size: int = 8
     """Conversations a step, of all processes together."""
     lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048)
@@ -78,7 +80,7 @@ def data_problems(config: DataConfig) -> Iterator[str]:
         yield f"data.loss_on={config.loss_on!r}: expected {' or '.join(_LOSS_ON)}"
     if config.max_images < 1:
         yield f"data.max_images={config.max_images!r}: expected a number above 0"
-    named = {"data.format": config.format}
+    named = {"data.format": config.format, "data.held_out_format": config.held_out_format}
     for index, source in enumerate(config.sources):
         at = f"data.sources[{index}]"
         named[f"{at}.format"] = source.format

@@ -83,9 +83,11 @@ class Source:
                 values = file.read(index, pictures=False)
             except ValueError:
                 continue
-            keys = list(values) if isinstance(values, dict) else []
-            if form := found_format(keys):
-                return form
+            keys: list[str] = []
+            if isinstance(values, dict):
+                if form := found_format(values):
+                    return form
+                keys = [key for key, value in values.items() if value is not None]
             found = f"an object with {', '.join(keys)}" if keys else type(values).__name__
             first = first or f"{file.where(index)}: {found}"
         if not first:  # nothing can be read: the problems of all records say more
