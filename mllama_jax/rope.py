@@ -46,7 +46,7 @@ def rotate(
     sin: Float[Array, "#B T 1 h"],
 ) -> Float[Array, "B T N H"]:
     """Rotates feature pairs (i, i + H/2) of each head; the result keeps ``x``'s dtype."""
-    # Halves on an axis of their own: for one token a row, TPUs take twice as long to join them.
+    # Halves on an axis of their own: TPUs join those of one token in operations of their own.
     halves = x_BTNH.astype(jnp.float32).reshape(*x_BTNH.shape[:-1], 2, -1)
     sin_of_halves = jnp.stack([-sin, sin], axis=-2)
     rotated = halves * cos[..., None, :] + halves[..., ::-1, :] * sin_of_halves
