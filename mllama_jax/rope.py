@@ -46,8 +46,12 @@ def rotate(
     sin: Float[Array, "#B T 1 h"],
 ) -> Float[Array, "B T N H"]:
     """Rotates feature pairs (i, i + H/2) of each head; the result keeps ``x``'s dtype."""
-    # Halves on an axis of their own: TPUs join those of one token in operations of their own.
-    halves = x_BTNH.astype(jnp.float32).reshape(*x_BTNH.shape[:-1], 2, -1)
-    sin_of_halves = jnp.stack([-sin, sin], axis=-2)
-    rotated = halves * cos[..., None, :] + halves[..., ::-1, :] * sin_of_halves
+    x = x_BTNH.astype(jnp.float32)
+    if x.shape[1] > 1:
+        first, second = jnp.split(x, 2, axis=-1)
+        rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    else:  # TPUs join the halves of one token in operations of their own, unless they lie like this
+        halves = x.reshape(*x.shape[:-1], 2, -1)
+        sin_of_halves = jnp.stack([-sin, sin], axis=-2)
+        rotated = halves * cos[..., None, :] + halves[..., ::-1, :] * sin_of_halves
     return rotated.astype(x_BTNH.dtype).reshape(x_BTNH.shape)

@@ -85,8 +85,12 @@ def test_rotary_embedding(scaling: dict):
         torch.from_numpy(q), torch.from_numpy(k), cos, sin, unsqueeze_dim=2
     )
     table = rotary_table(jnp.asarray(positions), speeds)
-    assert_close(rotate(jnp.asarray(q), *table), expected[0], "queries")
-    assert_close(rotate(jnp.asarray(k), *table), expected[1], "keys")
+    for x, rotated, name in ((q, expected[0], "queries"), (k, expected[1], "keys")):
+        assert_close(rotate(jnp.asarray(x), *table), rotated, name)
+        for t in range(4):  # as in decoding
+            of_token = (part[:, t : t + 1] for part in table)
+            found = rotate(jnp.asarray(x[:, t : t + 1]), *of_token)
+            assert_close(found, rotated[:, t : t + 1], f"{name}, token {t}")
 
 
 def test_plain_rotary_embedding_without_scaling():
